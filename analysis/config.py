@@ -1,0 +1,24 @@
+"""The part of the config that says how the persona space is computed. All of it is execution: refit at will."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnalysisConfig:
+    """What is fitted, and how it is put to the test."""
+
+    target_layer: Annotated[int, Ge(0)] | None = None
+    """Layer that the report opens with, 0-based. Default: the middle of the model, as in the paper."""
+    components: Annotated[int, Ge(3)] = 10
+    """Principal components kept per layer."""
+    permutations: Annotated[int, Ge(20)] = 500
+    """Draws of the nulls, which permute the roles within each question."""
+    seed: int = 0
+    """Seed of those draws."""
+    positive_kind: str = "professional"
+    """Kind of roles that should lie nearer to the Assistant, for the ROC AUC."""
+    negative_kind: str = "fantastical"
+    """Kind of roles that should lie farther away."""

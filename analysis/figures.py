@@ -1,0 +1,307 @@
+"""Plotly figures of a persona space: pure functions of the dataset that the report, or a notebook, draws.
+
+Every figure is complete for the layer it is asked for, on a transparent ground and in the light palette. The report
+refills `x`, `y`, `z`, `marker.color` and the tick labels for another layer and swaps colours by `DARK`; the `meta` of
+a trace says which part of the chart it is. All text from catalogues and models is HTML-escaped here, because Plotly
+reads labels and hovers as a small HTML.
+"""
+
+import html
+import itertools
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import plotly.graph_objects as go
+import xarray as xr
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+INK, MUTED, GRID = "#1d2327", "#5b6670", "#e3e6e9"
+BLUE, GREEN, PURPLE, VERMILLION, AMBER = "#0072b2", "#009e73", "#b5578a", "#d55e00", "#b98300"  # after Okabe and Ito
+BAND, STRIP, PAPER, MIDDLE = "rgba(110,120,130,0.16)", "rgba(70,80,90,0.38)", "#ffffff", "#c9ced3"
+AWAY_DEEP, TOWARDS_DEEP = "#a34700", "#00507d"
+
+DARK: Mapping[str, str] = {
+    INK: "#e7eaec", MUTED: "#a5afb8", GRID: "#2c3239", PAPER: "#14171a", MIDDLE: "#5d656d", BLUE: "#56b4e9",
+    GREEN: "#2fc79b", PURPLE: "#e08fbd", VERMILLION: "#ff8a3d", AMBER: "#e6b422", AWAY_DEEP: "#ffb27d",
+    TOWARDS_DEEP: "#a5dbfa", BAND: "rgba(150,160,170,0.20)", STRIP: "rgba(190,200,210,0.38)",
+}  # fmt: skip
+"""Light colour -> its counterpart on a dark page. Every colour a figure uses is a key."""
+
+KIND_STYLES: Mapping[str, tuple[str, str]] = {
+    "professional": (BLUE, "circle"), "everyday": (GREEN, "square"), "dramatic": (PURPLE, "diamond"),
+    "fantastical": (VERMILLION, "triangle-up"), "abstract": (AMBER, "x"), "unknown": (MUTED, "circle"),
+}  # fmt: skip
+POSITION_SCALE = [[0.0, AWAY_DEEP], [0.25, VERMILLION], [0.5, MIDDLE], [0.75, BLUE], [1.0, TOWARDS_DEEP]]
+CLEAR = "rgba(0,0,0,0)"
+STRIP_LIMIT = 5000
+"""Up to this many rollouts are drawn one by one behind the ranking; beyond it, as quantiles."""
+QUANTILES = (0.05, 0.25, 0.75, 0.95)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measure:
+    """One line of evidence: a number per layer, with the null it has to beat."""
+
+    name: str
+    """Variable of the dataset."""
+    label: str
+    """What the report calls it."""
+    null: str
+    """Variable with the null's 99th percentile per layer."""
+    chance: float
+    """Its value when there is nothing to find."""
+    random: str | None = None
+    """Variable with the 99th percentile of random directions, or None."""
+
+
+MEASURES = (
+    Measure(name="auc", label="Held-out AUC", null="auc_null_p99", chance=0.5),
+    Measure(name="rank_correlation", label="Split-half rank correlation", null="rank_correlation_null_p99", chance=0),
+    Measure(name="cos_axis_pc1", label="|cos(axis, PC1)|", null="cos_null_p99", random="cos_random_p99", chance=0),
+)
+
+
+def kind_styles(kinds: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and symbol of each kind, known kinds first; a kind we do not know takes the next style that is free."""
+    present = set(kinds)
+    styles = {kind: style for kind, style in KIND_STYLES.items() if kind in present}
+    symbols = itertools.cycle(["star-diamond", "pentagon", "hexagon", "triangle-down", "bowtie", "cross"])
+    spare = itertools.cycle([GREEN, PURPLE, AMBER, BLUE, VERMILLION])
+    return styles | {kind: (next(spare), next(symbols)) for kind in sorted(present - set(styles))}
+
+
+def clip(text: str, limit: int = 280) -> str:
+    """The text on one line, cut at `limit` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[:limit].rstrip() + "…"
+
+
+def label(role: str) -> str:
+    """A role's name as the charts write it. Plotly knows no &quot;, so quotes stay as they are."""
+    return html.escape(clip(role, 32), quote=False)
+
+
+def _wrapped(text: str, width: int = 44) -> str:
+    # Wrap before escaping, so that no entity is cut in two.
+    return "<br>".join(html.escape(line, quote=False) for line in textwrap.wrap(text, width))
+
+
+def _quoted(response: str | None) -> str:
+    return "" if response is None else f"<br><i>{_wrapped('“' + clip(response) + '”')}</i>"
+
+
+def plain(values: Floats, digits: int = 4) -> list[float | None]:
+    """Numbers for JSON, which knows no NaN, with as many digits as a chart can show: that keeps the page small."""
+    return [float(f"{value:.{digits}g}") if np.isfinite(value) else None for value in values]
+
+
+def layer_index(space: xr.Dataset, layer: int) -> int:
+    """Where the layer lies along the dimension `layer`."""
+    layers = [int(value) for value in space["layer"].values]
+    if layer not in layers:
+        raise ValueError(f"Layer {layer} is not in this space. Choose one of its layers: {layers}.")
+    return layers.index(layer)
+
+
+def map_scores(space: xr.Dataset) -> Floats:
+    """Coordinates that the map draws, (layer, 3, role and then default); zero where there is no such component."""
+    roles_LCR = space["role_score"].transpose("layer", "component", "role").values[:, :3]
+    default_LC = space["default_score"].transpose("layer", "component").values[:, :3]
+    score_LCR = np.concatenate([roles_LCR, default_LC[:, :, None]], axis=2).astype(np.float64)
+    return np.pad(score_LCR, ((0, 0), (0, 3 - score_LCR.shape[1]), (0, 0)))
+
+
+def positions(space: xr.Dataset) -> Floats:
+    """Positions on the axis, (layer, role and then default)."""
+    position_LR = space["role_position"].transpose("layer", "role").values.astype(np.float64)
+    return np.pad(position_LR, ((0, 0), (0, 1)), constant_values=1.0)
+
+
+def rollout_rows(space: xr.Dataset) -> NDArray[np.int64]:
+    """Row of each rollout's role; the number of roles stands for `default`, -1 for a role that is not there."""
+    rows = {str(role): row for row, role in enumerate([*space["role"].values, "default"])}
+    return np.array([rows.get(str(role), -1) for role in space["rollout_role"].values], dtype=np.int64)
+
+
+def rollout_quantiles(space: xr.Dataset) -> Floats:
+    """Quantiles of the rollouts' positions, (layer, role and then default, quantile)."""
+    rows, position_NL = rollout_rows(space), space["rollout_position"].transpose("rollout", "layer").values
+    quantiles_LRQ = np.full((space.sizes["layer"], space.sizes["role"] + 1, len(QUANTILES)), np.nan)
+    for row in np.unique(rows[rows >= 0]):
+        quantiles_LRQ[:, row] = np.nanquantile(position_NL[rows == row], QUANTILES, axis=0).T
+    return quantiles_LRQ
+
+
+def component_title(space: xr.Dataset, layer: int, component: int) -> str:
+    """Axis title such as "PC1 (23.1% of variance)"."""
+    if component >= space.sizes["component"]:
+        return f"PC{component + 1} (not computed)"
+    return f"PC{component + 1} ({_variance(space)[layer_index(space, layer), component]:.1%} of variance)"
+
+
+def _variance(space: xr.Dataset) -> Floats:
+    return space["explained_variance_ratio"].transpose("layer", "component").values.astype(np.float64)
+
+
+def _figure(traces: Sequence[object], *, height: int, **layout: object) -> go.Figure:
+    # The stock template weighs 7 kB a figure and fights the page's colours.
+    figure = go.Figure(traces, {"template": go.layout.Template(), "height": height, "dragmode": False})
+    figure.update_layout(paper_bgcolor=CLEAR, plot_bgcolor=CLEAR, margin={"l": 48, "r": 16, "t": 28, "b": 44})
+    figure.update_layout(font={"family": "system-ui, sans-serif", "size": 12, "color": INK})
+    figure.update_layout(hoverlabel={"align": "left", "bgcolor": PAPER, "bordercolor": MUTED, "font": {"color": INK}})
+    figure.update_layout(legend={"orientation": "h", "x": 0, "y": 1.04, "yanchor": "bottom"})
+    axis = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "automargin": True, "fixedrange": True}
+    axis |= {"title": {"font": {"size": 12}}}
+    return figure.update_layout(xaxis=axis, yaxis=axis).update_layout(**layout)
+
+
+def _line(x: Sequence[object], y: Sequence[object], colour: str, width: float, **more: object) -> go.Scatter:
+    more = {"mode": "lines", "hoverinfo": "skip", **more}
+    return go.Scatter(x=x, y=y, line={"color": colour, "width": width, "dash": more.pop("dash", "solid")}, **more)
+
+
+def persona_map(
+    space: xr.Dataset, layer: int, *, components: Sequence[int] = (0, 1), responses: Mapping[str, str] | None = None
+) -> go.Figure:
+    """Roles and default in the space of two or three principal components, coloured by position on the axis."""
+    at, flat, responses = layer_index(space, layer), len(components) == 2, responses or {}
+    score_CR, position_R = map_scores(space)[at], positions(space)[at, :-1]
+    kinds = [str(kind) for kind in space["role_kind"].values]
+    cards: list[list[object]] = []
+    for row, (role, kind) in enumerate(zip(space["role"].values, kinds, strict=True)):
+        about = _wrapped(clip(str(space["role_description"].values[row]), 140)) + _quoted(responses.get(str(role)))
+        count = f"{kind}, {int(space['role_count'].values[row])} rollouts"
+        cards.append([label(str(role)), label(count), about, round(float(position_R[row]), 3)])
+    own_card = ["default", f"{space.attrs['default_count']} rollouts", _quoted(responses.get("default"))[4:], 1]
+
+    span = round(float(np.nanmax(np.abs(position_R), initial=0.1)), 2)
+    colour = {"color": plain(position_R), "colorscale": POSITION_SCALE, "cmin": -span, "cmax": span}
+    title = {"text": "position (0 mean role, 1 default)", "side": "top", "font": {"size": 12}}
+    bar = {"orientation": "h", "thickness": 8, "lenmode": "pixels", "len": 230, "nticks": 5, "outlinewidth": 0}
+    bar |= {"title": title, "x": 1, "xanchor": "right", "y": 1.01, "yanchor": "bottom"}
+    styles = kind_styles(kinds)
+    # 3-D charts know few of the symbols, so there the kinds share one.
+    symbol = [styles[kind][1] for kind in kinds] if flat else "circle"
+    marker = colour | {"colorbar": bar, "size": 11 if flat else 6, "symbol": symbol}
+    own_marker = {"color": INK, "symbol": "star" if flat else "diamond", "size": 19 if flat else 9}
+    hover = "<b>%{customdata[0]}</b> (%{customdata[1]})<br>position %{customdata[3]:.2f}<br>%{customdata[2]}"
+    common: dict[str, object] = {"mode": "markers+text", "hovertemplate": hover + "<extra></extra>"}
+    common |= {"textposition": "top center", "textfont": {"size": 11}}
+    trace = go.Scatter if flat else go.Scatter3d
+    traces = []
+    for part, chosen, style, data in (
+        ("roles", slice(-1), marker | {"line": {"width": 1, "color": INK if flat else MUTED}}, cards),
+        ("default", slice(-1, None), own_marker | {"line": {"width": 1.5, "color": PAPER}}, [own_card]),
+    ):
+        place = {key: plain(score_CR[c, chosen]) for key, c in zip("xyz", components, strict=False)}
+        text = [str(card[0]) for card in data]
+        traces.append(trace(**place, **common, marker=style, customdata=data, text=text, meta={"part": part}))
+
+    titles = [{"text": component_title(space, layer, c)} for c in components]
+    if flat:
+        free = {"zeroline": False, "fixedrange": False}
+        axes = {f"{key}axis": free | {"title": title} for key, title in zip("xy", titles, strict=True)}
+        return _figure(traces, height=600, showlegend=False, dragmode="zoom", margin_t=30, **axes)
+    grid = {"gridcolor": MUTED, "zerolinecolor": MUTED, "color": INK, "showbackground": False}
+    scene = {f"{key}axis": grid | {"title": title} for key, title in zip("xyz", titles, strict=True)}
+    scene["camera"] = {"eye": {"x": 1.5, "y": -1.5, "z": 0.7}}
+    return _figure(traces, height=600, showlegend=False, scene=scene, margin={"l": 0, "r": 0, "t": 30, "b": 0})
+
+
+def ranking(space: xr.Dataset, layer: int) -> go.Figure:
+    """Roles in order of their position on the axis, default on top, with the rollouts' own positions behind."""
+    at, n = layer_index(space, layer), space.sizes["role"]
+    position_R = positions(space)[at]
+    order = [*np.argsort(position_R[:n], kind="stable").tolist(), n]
+    height_R = np.argsort(order)
+    names = [label(str(role)) for role in space["role"].values] + ["<b>default</b>"]
+    # Lines of reference are traces, because Plotly draws a shape behind the grid.
+    rule = {"showlegend": False, "meta": {"part": "rule"}}
+    traces = [_line([x, x], [-0.8, n + 0.8], MUTED, 1, dash=dash, **rule) for x, dash in ((0, "solid"), (1, "dot"))]
+    if space.sizes["rollout"] <= STRIP_LIMIT:
+        rows = rollout_rows(space)
+        x = plain(space["rollout_position"].isel(layer=at).values[rows >= 0], 3)
+        tick = {"symbol": "line-ns-open", "size": 9, "color": STRIP, "line": {"width": 1}}
+        strip = {"x": x, "y": height_R[rows[rows >= 0]].tolist(), "marker": tick, "mode": "markers"}
+        traces.append(go.Scatter(**strip, hoverinfo="skip", name="one rollout", meta={"part": "strip"}))
+    else:
+        quantiles_RQ = rollout_quantiles(space)[at]
+        for low, high, width, name in ((0, 3, 2, "5 to 95% of rollouts"), (1, 2, 7, "25 to 75% of rollouts")):
+            x, y = _segments(quantiles_RQ[:, low], quantiles_RQ[:, high], height_R)
+            traces.append(_line(x, y, STRIP, width, name=name, meta={"part": "band", "band": [low, high]}))
+    x, y = _segments(np.zeros(n), position_R[:n], height_R[:n])
+    traces.append(_line(x, y, MIDDLE, 1.5, showlegend=False, meta={"part": "stem"}))
+    kinds = space["role_kind"].values.astype(str)
+    groups = [(label(k), *style, np.flatnonzero(kinds == k)) for k, style in kind_styles(list(kinds)).items()]
+    for name, colour, symbol, members in [*groups, ("default", INK, "star", np.array([n]))]:
+        marker = {"color": colour, "symbol": symbol, "size": 15 if symbol == "star" else 10, "line": {"color": PAPER}}
+        dots = {"x": plain(position_R[members]), "y": height_R[members].tolist(), "mode": "markers"}
+        dots |= {"customdata": [names[row] for row in members], "meta": {"part": "dot", "roles": members.tolist()}}
+        hover = f"%{{customdata}}, {name}: %{{x:.2f}}<extra></extra>".replace("default, default", "default")
+        traces.append(go.Scatter(**dots, marker=marker, name=name, hovertemplate=hover))
+    yaxis = {"tickvals": list(range(n + 1)), "ticktext": [names[row] for row in order], "range": [-0.8, n + 0.8]}
+    margin = {"l": 60, "r": 16, "t": 56, "b": 12}
+    figure = _figure(traces, height=80 + (22 if n <= 60 else 16) * (n + 2), yaxis=yaxis, margin=margin)
+    for value, text in ((0, "mean role"), (1, "default")):
+        figure.add_annotation(x=value, y=1, yref="paper", yanchor="bottom", yshift=20, text=text, showarrow=False)
+    return figure.update_layout(xaxis={"side": "top", "zeroline": False}, yaxis={"showgrid": False, "zeroline": False})
+
+
+def _segments(low: Floats, high: Floats, y: NDArray[np.int64]) -> tuple[list[float | None], list[float | None]]:
+    gaps = [None] * len(low)
+    x = zip(plain(low), plain(high), gaps, strict=True)
+    return list(itertools.chain(*x)), list(itertools.chain(*zip(y.tolist(), y.tolist(), gaps, strict=True)))
+
+
+def evidence(space: xr.Dataset, measure: Measure) -> go.Figure | None:
+    """The measure per layer above its null's band, the target layer marked; None when it was not computed."""
+    value_L, layers = space[measure.name].values.astype(np.float64), space["layer"].values.tolist()
+    if not np.isfinite(value_L).any():
+        return None
+    shown = {"hoverinfo": None, "hovertemplate": "%{y:.2f}"}
+    null = {"fill": "tonexty", "fillcolor": BAND, "name": "null, 99th percentile", "dash": "dot", **shown}
+    chance = _line(layers, [measure.chance] * len(layers), MUTED, 0, showlegend=False)
+    traces = [chance, _line(layers, plain(space[measure.null].values), MUTED, 1, **null)]
+    if measure.random is not None:
+        random = {"name": "random directions, 99th percentile", "dash": "dash", **shown}
+        traces.append(_line(layers, plain(space[measure.random].values), AMBER, 1.5, **random))
+    own = {"mode": "lines+markers", "marker": {"size": 5}, "name": measure.label, **shown}
+    traces.append(_line(layers, plain(value_L), BLUE, 2.5, **own))
+    return _per_layer(space, traces, min(float(np.nanmin(value_L)), measure.chance) - 0.06, 1.04)
+
+
+def _per_layer(space: xr.Dataset, traces: list[go.Scatter], low: float, high: float, **yaxis: object) -> go.Figure:
+    target, layers = int(space.attrs["target_layer"]), space["layer"].values
+    side = "left" if target > layers.mean() else "right"  # away from the edge of the chart
+    note = {"mode": "lines+text", "text": ["", f" target {target} ", ""], "textposition": f"middle {side}"}
+    y = [low, low + 0.03 * (high - low), high]
+    traces.append(_line([target] * 3, y, MUTED, 1, textfont={"color": MUTED}, showlegend=False, **note))
+    xaxis, yaxis = {"title": {"text": "layer"}}, {"range": [low, high], "zeroline": False} | yaxis
+    return _figure(traces, height=290, hovermode="x unified", xaxis=xaxis, yaxis=yaxis)
+
+
+def scree(space: xr.Dataset, layer: int) -> go.Figure:
+    """Explained variance of each component at one layer."""
+    ratio_C = _variance(space)[layer_index(space, layer)]
+    bars = {"x": list(range(1, len(ratio_C) + 1)), "y": plain(ratio_C), "marker": {"color": BLUE}}
+    xaxis, yaxis = {"title": {"text": "component"}, "dtick": 1}, {"tickformat": ".0%", "rangemode": "tozero"}
+    bar = go.Bar(**bars, hovertemplate="PC%{x}: %{y:.1%}<extra></extra>")
+    return _figure([bar], height=290, xaxis=xaxis, yaxis=yaxis)
+
+
+def cumulative_variance(space: xr.Dataset) -> go.Figure:
+    """Variance that the first 1, 2, 3, 5 and 10 components explain together, per layer."""
+    total_LC, layers = _variance(space).cumsum(axis=1), space["layer"].values.tolist()
+    shown = {"mode": "lines+text", "textposition": "middle right", "cliponaxis": False, "showlegend": False}
+    shown |= {"hoverinfo": None, "hovertemplate": "%{y:.1%}"}
+    traces = []
+    for count in (c for c in (1, 2, 3, 5, 10) if c <= total_LC.shape[1]):
+        text, name = [""] * (len(layers) - 1) + [str(count)], f"first {count}"
+        y = plain(total_LC[:, count - 1])
+        traces.append(_line(layers, y, BLUE, 1 + 1.5 / count, text=text, name=name, **shown))
+    high = 1.06 * float(total_LC.max())
+    return _per_layer(space, traces, 0, high, tickformat=".0%").update_layout(margin_r=28)

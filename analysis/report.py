@@ -1,0 +1,287 @@
+"""The report: one HTML page, with everything it needs inside, that shows a persona space and how far to trust it.
+
+`render_report` is pure: the same dataset and texts give the same bytes, and nothing but the page's template is read.
+All text from models and catalogues is escaped, and a content security policy with the hashes of the page's own two
+scripts keeps the browser from running or fetching anything else.
+"""
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from personaspace.analysis import figures
+from personaspace.analysis.figures import Measure
+
+DROPPED_SHOWN = 200
+"""Dropped rollouts listed one by one; the rest is counted."""
+MAP_VIEWS = {"PC1 / PC2": (0, 1), "PC1 / PC3": (0, 2), "3-D": (0, 1, 2)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One response to show for a role."""
+
+    system_prompt: str
+    """The prompt that put the model into the role; may be empty for `default`."""
+    question: str
+    """The user's question."""
+    response: str
+    """The model's answer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DroppedRollout:
+    """A rollout that is not in the space, and why."""
+
+    rollout_id: str
+    """Its permanent id."""
+    role: str
+    """The role it was planned for."""
+    question: str
+    """The question it was planned for."""
+    reason: str
+    """Why it was dropped, in words."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completeness:
+    """How much of the plan the space rests on."""
+
+    rows_planned: int
+    """Rollouts in the plan."""
+    rows_ok: int
+    """Rollouts with committed activations."""
+    rows_dropped: int
+    """Rollouts given up, each with a recorded reason."""
+    rows_pending: int
+    """Rollouts not done yet."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One measure at the target layer, in words."""
+
+    measure: Measure
+    """What was measured."""
+    value: str
+    """Its value at the target layer, or "not available"."""
+    null: str
+    """What it has to beat."""
+    verdict: str
+    """What that means, in plain words."""
+    above: bool | None
+    """Whether it beats its null; None if that can't be said."""
+    reading: str
+    """How to read its chart."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleRow:
+    """One row of the table of responses."""
+
+    role: str
+    """The role, or `default`."""
+    kind: str
+    """Its kind, or empty."""
+    position: float
+    """Its position on the axis at the target layer."""
+    sample: Sample | None
+    """What it answered, if a response was kept."""
+
+
+def render_report(
+    space: xr.Dataset,
+    *,
+    title: str,
+    samples: Mapping[str, Sample],
+    provenance: Sequence[tuple[str, str]],
+    dropped: Sequence[DroppedRollout],
+    completeness: Completeness,
+) -> str:
+    """Render the whole page.
+
+    `samples` maps a role, or `default`, to a response to show. `provenance` is a list of labels and values; a row
+    labelled "Model" also goes to the head of the page.
+    """
+    target = int(space.attrs["target_layer"])
+    figures.layer_index(space, target)
+    environment = Environment(
+        loader=PackageLoader("personaspace.analysis", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    environment.filters["csp_hash"] = _csp_hash
+    page = environment.get_template("report.html.j2").render(
+        title=title,
+        target=target,
+        space=space,
+        model=next((value for label, value in provenance if label.lower() == "model"), None),
+        plotly_script=Markup(get_plotlyjs()),
+        findings=[_finding(space, measure, target) for measure in figures.MEASURES],
+        data=_page_data(space, samples, target),
+        views=_views(space),
+        kinds=_legend(space),
+        strips=space.sizes["rollout"] <= figures.STRIP_LIMIT,
+        dark=figures.DARK,
+        sample_groups=_sample_groups(space, samples, target),
+        provenance=provenance,
+        dropped=dropped[:DROPPED_SHOWN],
+        dropped_more=max(0, len(dropped) - DROPPED_SHOWN),
+        completeness=completeness,
+    )
+    # A lone surrogate in a model's text could not be written as UTF-8.
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+def _csp_hash(script: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _views(space: xr.Dataset) -> dict[str, tuple[int, ...]]:
+    return {name: view for name, view in MAP_VIEWS.items() if max(view) < max(2, space.sizes["component"])}
+
+
+def _legend(space: xr.Dataset) -> list[tuple[str, str, str, str]]:
+    glyphs = {"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲", "x": "✖", "star-diamond": "✦"}
+    glyphs |= {"pentagon": "⬟", "hexagon": "⬢", "triangle-down": "▼", "bowtie": "⧓", "cross": "✚"}
+    styles = figures.kind_styles(space["role_kind"].values.astype(str).tolist())
+    return [(kind, glyphs[symbol], colour, figures.DARK[colour]) for kind, (colour, symbol) in styles.items()]
+
+
+def _finding(space: xr.Dataset, measure: Measure, target: int) -> Finding:
+    at = figures.layer_index(space, target)
+    value_L, null_L = space[measure.name].values, space[measure.null].values
+    value, null, shuffles = float(value_L[at]), float(null_L[at]), int(space.attrs["null_permutations"])
+    reading = _reading(space, measure)
+    if not np.isfinite(value):
+        reason = f"not available: {_missing(space, measure)}"
+        return Finding(measure=measure, value="–", null="", verdict=reason, above=None, reading=reading)  # noqa: RUF001
+    if not np.isfinite(null):
+        verdict = "no null was computed, so this number alone is not evidence"
+        return Finding(measure=measure, value=f"{value:.2f}", null="", verdict=verdict, above=None, reading=reading)
+    described = f"null {null:.2f} (99th percentile of {shuffles} permutations)"
+    if measure.random is not None:
+        described += f", random directions {float(space[measure.random].values[at]):.2f}"
+    passed, known = int((value_L > null_L).sum()), int(np.isfinite(value_L).sum())
+    reading += f" It is above its null at {passed} of {known} layers."
+    above = value > null
+    verdict = "above the null" if above else f"not above the null: {_doubt(space, measure)}"
+    return Finding(measure=measure, value=f"{value:.2f}", null=described, verdict=verdict, above=above, reading=reading)
+
+
+def _missing(space: xr.Dataset, measure: Measure) -> str:
+    wanted = {str(space.attrs["positive_kind"]), str(space.attrs["negative_kind"])}
+    absent = sorted(wanted - set(space["role_kind"].values.astype(str).tolist()))
+    if measure.name == "auc" and absent:
+        return f"the catalogue has no roles of the kind {' or '.join(absent)}"
+    if measure.name == "cos_axis_pc1":
+        return "there are too few roles for a principal component"
+    return "it takes at least two questions per role, one for each half"
+
+
+def _doubt(space: xr.Dataset, measure: Measure) -> str:
+    kinds = f"{space.attrs['positive_kind']} from {space.attrs['negative_kind']} roles"
+    return {
+        "auc": f"at this size the axis is not shown to tell {kinds} on questions it has not seen",
+        "rank_correlation": "at this size the order of the roles is not shown to outlast a change of questions",
+        "cos_axis_pc1": "at this size the direction of PC1 is not evidence",
+    }[measure.name]
+
+
+def _reading(space: xr.Dataset, measure: Measure) -> str:
+    positive, negative = space.attrs["positive_kind"], space.attrs["negative_kind"]
+    return {
+        "auc": "The axis is fitted on half of the questions and the roles are placed by the other half, both ways"
+        f" round. The AUC is the chance that a {positive} role then lies nearer to the Assistant than a {negative}"
+        " one: 0.5 is a coin toss, 1 a perfect split.",
+        "rank_correlation": "How well the order of the roles along the axis from one half of the questions agrees with"
+        " the order from the other half (Spearman). Where it is high, the order belongs to the roles and not to the"
+        " questions they were asked.",
+        "cos_axis_pc1": "Whether the direction in which the roles differ most (PC1, default left out) is the direction"
+        f" to the Assistant. The mean over the {space.attrs['default_count']} default rollouts carries noise into the"
+        " axis, so only the grey band is a fair bar; random directions are far easier to beat.",
+    }[measure.name]
+
+
+def _page_data(space: xr.Dataset, samples: Mapping[str, Sample], target: int) -> dict[str, object]:
+    responses = {role: sample.response for role, sample in samples.items()}
+    drawn = {measure.name: figures.evidence(space, measure) for measure in figures.MEASURES}
+    drawn |= {"ranking": figures.ranking(space, target), "scree": figures.scree(space, target)}
+    drawn |= {"cumulative": figures.cumulative_variance(space)}
+    for name, view in _views(space).items():
+        drawn[name] = figures.persona_map(space, target, components=view, responses=responses)
+    layers = [int(layer) for layer in space["layer"].values]
+    rows, single = figures.rollout_rows(space), space.sizes["rollout"] <= figures.STRIP_LIMIT
+    single_NL = space["rollout_position"].transpose("rollout", "layer").values[rows >= 0] if single else None
+    return {
+        "figures": {name: figure.to_plotly_json() for name, figure in drawn.items() if figure is not None},
+        "dark": figures.DARK,
+        "views": _views(space),
+        "first_view": next(iter(_views(space))),
+        "layers": layers,
+        "target": layers.index(target),
+        "roles": [_role(space, row, samples) for row in range(space.sizes["role"])] + [_default(space, samples)],
+        "titles": [[figures.component_title(space, layer, c) for c in range(3)] for layer in layers],
+        "score": [[figures.plain(score_R) for score_R in score_CR] for score_CR in figures.map_scores(space)],
+        "position": [figures.plain(position_R) for position_R in figures.positions(space)],
+        "rollout_role": rows[rows >= 0].tolist() if single else None,
+        "rollout": None if single_NL is None else [figures.plain(x_N, 3) for x_N in single_NL.T],
+        "quantiles": None if single else [
+            [figures.plain(q_R, 3) for q_R in q_RQ.T] for q_RQ in figures.rollout_quantiles(space)
+        ],
+    }  # fmt: skip
+
+
+def _default(space: xr.Dataset, samples: Mapping[str, Sample]) -> dict[str, str]:
+    kind = f"{space.attrs['default_count']} rollouts"
+    about = "The model's own self, without a role."
+    return {"name": "default", "label": "<b>default</b>", "kind": kind, "about": about} | _said(samples.get("default"))
+
+
+def _role(space: xr.Dataset, row: int, samples: Mapping[str, Sample]) -> dict[str, str]:
+    name, kind, about = (str(space[key].values[row]) for key in ("role", "role_kind", "role_description"))
+    kind = f"{kind}, {int(space['role_count'].values[row])} rollouts"
+    card = {"name": name, "label": figures.label(name), "kind": kind, "about": figures.clip(about, 400)}
+    return card | _said(samples.get(name))
+
+
+def _said(sample: Sample | None) -> dict[str, str]:
+    if sample is None:
+        return {"question": "", "response": "No response of this role was kept for the report."}
+    return {"question": figures.clip(sample.question), "response": figures.clip(sample.response, 600)}
+
+
+def _sample_groups(space: xr.Dataset, samples: Mapping[str, Sample], target: int) -> list[tuple[str, list[SampleRow]]]:
+    position_R = space["role_position"].sel(layer=target).values.astype(np.float64)
+    order = np.argsort(-position_R, kind="stable").tolist()
+    middle = max(3, len(order) // 2 - 1)
+    chosen = {
+        "Most like the Assistant": order[:3],
+        "In the middle": order[middle : middle + 2] if len(order) >= 8 else order[3:-3],
+        "Least like the Assistant": order[max(3, len(order) - 3) :],
+    }
+    default = SampleRow(role="default", kind="", position=1.0, sample=samples.get("default"))
+    groups = [("The Assistant itself", [default])]
+    for name, rows in chosen.items():
+        found = [
+            SampleRow(
+                role=(role := str(space["role"].values[row])),
+                kind=str(space["role_kind"].values[row]),
+                position=float(position_R[row]),
+                sample=samples.get(role),
+            )
+            for row in rows
+        ]
+        if found:
+            groups.append((name, found))
+    return groups

@@ -1,0 +1,46 @@
+"""What workers and drivers tell the user: typed events, rendered in one place (progress.py)."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepStarted:
+    """A step begins; some of its rows may be there from an earlier session."""
+
+    step: str
+    """`generate` or `extract`."""
+    rows: int
+    rows_done: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progressed:
+    """Work went through the model. Rows may wait for their window to be committed."""
+
+    tokens: int
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Committed:
+    """Rows are recorded in the store; ``dropped`` of them are marked unusable, with reasons."""
+
+    rows: int
+    dropped: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Note:
+    """Something worth a line of its own."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepFinished:
+    """The step is complete."""
+
+    step: str
+
+
+Event = StepStarted | Progressed | Committed | Note | StepFinished

@@ -1,0 +1,243 @@
+"""The extract step: streams windows of rollouts through replicas of stage actors until every shard is committed."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import ray
+
+from personaspace.cluster.config import ClusterConfig
+from personaspace.cluster.coordinates import commit_coordinates
+from personaspace.cluster.events import Committed, Event, Note, Progressed, StepFinished, StepStarted
+from personaspace.cluster.faults import unwrap
+from personaspace.cluster.generation import missing_units
+from personaspace.cluster.generators import dropped_rows
+from personaspace.cluster.job import Job
+from personaspace.cluster.schedule import ReplicaSchedule, WindowPlan
+from personaspace.cluster.session import Workers, share
+from personaspace.cluster.stages import StageActor, StageSpec, UnitShards, inspect_shard
+from personaspace.extract.packing import MicroBatch
+from personaspace.extract.rollouts import micro_batches
+from personaspace.store.commit import COORDINATES_RECORD, adopt, committed_slots
+from personaspace.store.errors import InputError
+from personaspace.store.layout import shard_key
+from personaspace.store.lease import Fence
+from personaspace.store.rollouts import read_rollouts
+from personaspace.store.schema import RESID_POST_MEAN
+
+UNCOMMITTED_WINDOWS = 2
+"""Windows of a replica that may wait for their writers: bounds the host memory of its stages."""
+
+Report = Callable[[Event], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WindowWork:
+    """A window's rollouts as the extraction needs them."""
+
+    units: tuple[int, ...]
+    batches: tuple[MicroBatch, ...]
+    rollout_ids: dict[int, str]
+    tokens: dict[int, int]
+    """Response tokens of each row."""
+    dropped: dict[int, str]
+    """Rows that were dropped before extraction."""
+
+
+def check_stages(job: Job, cluster: ClusterConfig) -> list[int]:
+    """Layer boundaries of the stages; InputError if the layer groups don't allow so many."""
+    try:
+        return job.layout.stage_boundaries(cluster.stages)
+    except ValueError as error:
+        raise InputError(f"cluster.stages: {error}. Use fewer stages, or a new run with a smaller layer_group.") from error
+
+
+def extract(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> None:
+    """Commit every shard and the coordinates of every unit.
+
+    Shards that a crash left without a record are adopted; windows that miss any shard run again, whole, and
+    commit what is missing. Raises InputError if rollouts are missing, WorkerError if a worker fails.
+    """
+    boundaries = check_stages(job, cluster)
+    absent = missing_units(job)
+    if absent:
+        raise InputError(
+            f"{job.folder.path}: {len(absent)} of {job.layout.units} units have no rollouts; run `generate` first."
+        )
+    _adopt_orphans(job, fence)
+    done = committed_slots(job.folder)
+    for unit in range(job.layout.units):
+        if not missing_groups(job, done, unit) and (COORDINATES_RECORD, unit, 0) not in done:
+            commit_coordinates(job, fence, unit, load_window(job, (unit,)).tokens)
+    unfinished = [window for window in job.windows if any(missing_groups(job, done, unit) for unit in window)]
+    waiting = sum(
+        len(job.layout.unit_row_range(unit)) for window in unfinished for unit in window if missing_groups(job, done, unit)
+    )
+    report(StepStarted(step="extract", rows=job.layout.rows, rows_done=job.layout.rows - waiting))
+    if unfinished:
+        replicas = min(cluster.replicas, len(unfinished))
+        workers = share(cluster, replicas * cluster.stages)
+        report(
+            Note(
+                text=f"extract: {replicas} replica(s) of {cluster.stages} stage(s), layers cut at {boundaries}, "
+                f"{workers.cpus} CPUs each, on {workers.device}"
+            )
+        )
+        Extraction(job, fence, cluster, workers, boundaries, deque(unfinished), replicas, report).run()
+    report(StepFinished(step="extract"))
+
+
+def missing_groups(job: Job, committed: dict[tuple[str, int, int], int], unit: int) -> tuple[int, ...]:
+    """Layer groups of the unit without a record."""
+    return tuple(g for g in range(job.layout.groups) if (RESID_POST_MEAN, unit, g) not in committed)
+
+
+def load_window(job: Job, units: tuple[int, ...]) -> WindowWork:
+    """Read the rollouts of a window and form its micro-batches."""
+    columns = ["row", "rollout_id", "prompt_token_ids", "response_token_ids", "dropped"]
+    table = read_rollouts(job.folder, units, columns)
+    entries = table.select(["row", "rollout_id", "response_token_ids", "dropped"]).to_pylist()
+    return WindowWork(
+        units=units,
+        batches=tuple(micro_batches(table, job.extract.micro_batch_tokens)),
+        rollout_ids={entry["row"]: entry["rollout_id"] for entry in entries},
+        tokens={entry["row"]: len(entry["response_token_ids"]) for entry in entries},
+        dropped=dropped_rows(entries),
+    )
+
+
+def _adopt_orphans(job: Job, fence: Fence) -> None:
+    done = committed_slots(job.folder)
+    for unit in range(job.layout.units):
+        groups = [g for g in missing_groups(job, done, unit) if job.folder.exists(shard_key(RESID_POST_MEAN, unit, g))]
+        dropped = load_window(job, (unit,)).dropped if groups else {}
+        for group in groups:
+            adopt(
+                fence,
+                (RESID_POST_MEAN, unit, group),
+                shard_key(RESID_POST_MEAN, unit, group),
+                rows=job.layout.unit_row_range(unit),
+                inspect=partial(inspect_shard, job.layout, unit, group, dropped),
+            )
+
+
+class Extraction:
+    """One session of the extract step: replicas of stage actors, and the loop that feeds them."""
+
+    def __init__(
+        self,
+        job: Job,
+        fence: Fence,
+        cluster: ClusterConfig,
+        workers: Workers,
+        boundaries: list[int],
+        queue: deque[tuple[int, ...]],
+        replicas: int,
+        report: Report,
+    ) -> None:
+        self._job, self._fence, self._boundaries, self._report = job, fence, boundaries, report
+        self._queue = queue
+        self._committed = committed_slots(job.folder)
+        self._work: dict[int, WindowWork] = {}
+        self._replicas = [
+            [StageActor.options(**workers.options()).remote(spec) for spec in self._specs(workers)] for _ in range(replicas)
+        ]
+        in_flight = cluster.in_flight or 2 * cluster.stages
+        self._schedules = [ReplicaSchedule(self._next_window, in_flight) for _ in range(replicas)]
+        self._forwards: dict[Any, tuple[int, int, MicroBatch]] = {}
+        """Reference to the last stage's answer -> replica, window, micro-batch."""
+        self._commits: dict[Any, tuple[int, int]] = {}
+        """Reference to one stage's commit -> replica, window."""
+
+    def run(self) -> None:
+        """Feed the replicas until all windows are committed. Stage actors are gone afterwards, whatever happened."""
+        try:
+            self._submit_due()
+            while self._forwards or self._commits:
+                [done], _ = ray.wait([*self._forwards, *self._commits], num_returns=1)
+                try:
+                    ray.get(done)
+                except ray.exceptions.RayError as error:
+                    raise unwrap(error) from None
+                if done in self._forwards:
+                    self._forward_done(*self._forwards.pop(done))
+                else:
+                    self._commit_done(*self._commits.pop(done))
+                self._submit_due()
+        finally:
+            for actor in [actor for replica in self._replicas for actor in replica]:
+                ray.kill(actor)
+
+    def _specs(self, workers: Workers) -> list[StageSpec]:
+        job = self._job
+        return [
+            StageSpec(
+                checkpoint=job.checkpoint,
+                dtype=job.model.dtype,
+                first=first,
+                stop=stop,
+                layout=job.layout,
+                precision=job.store.precision,
+                fence=self._fence,
+                device=workers.device,
+                threads=workers.cpus,
+            )
+            for first, stop in zip(self._boundaries, self._boundaries[1:], strict=False)
+        ]
+
+    def _next_window(self) -> WindowPlan | None:
+        while self._queue:
+            units = self._queue.popleft()
+            window = units[0]  # Units belong to one window each, so the first one names it.
+            self._work[window] = load_window(self._job, units)
+            if self._work[window].batches:
+                return WindowPlan(window=window, batches=self._work[window].batches)
+            self._commit_window(0, window)  # Every rollout was dropped: nothing to compute, but to record.
+        return None
+
+    def _submit_due(self) -> None:
+        for index, schedule in enumerate(self._schedules):
+            committing = {window for replica, window in self._commits.values() if replica == index}
+            if len(committing) < UNCOMMITTED_WINDOWS:
+                for window, batch in schedule.due():
+                    self._submit(index, window, batch)
+
+    def _submit(self, index: int, window: int, batch: MicroBatch) -> None:
+        rollout_ids = [self._work[window].rollout_ids[row] for row in batch.rows]
+        hidden = None
+        for actor in self._replicas[index]:
+            hidden, answer = actor.forward.remote(window, batch, rollout_ids, hidden)
+        self._forwards[answer] = (index, window, batch)
+
+    def _forward_done(self, index: int, window: int, batch: MicroBatch) -> None:
+        self._report(Progressed(tokens=batch.tokens, rows=len(batch.rows)))
+        if self._schedules[index].finish(window):
+            self._commit_window(index, window)
+
+    def _commit_window(self, index: int, window: int) -> None:
+        work = self._work[window]
+        for actor, first, stop in zip(
+            self._replicas[index], self._boundaries, self._boundaries[1:], strict=False
+        ):
+            size = self._job.layout.layer_group
+            own = range(first // size, -(-stop // size))
+            units = [
+                UnitShards(
+                    unit=unit,
+                    groups=tuple(g for g in missing_groups(self._job, self._committed, unit) if g in own),
+                    dropped={row: work.dropped[row] for row in self._job.layout.unit_row_range(unit) if row in work.dropped},
+                )
+                for unit in work.units
+            ]
+            self._commits[actor.commit.remote(window, units)] = (index, window)
+
+    def _commit_done(self, index: int, window: int) -> None:
+        if (index, window) in self._commits.values():
+            return
+        work = self._work.pop(window)
+        for unit in work.units:
+            if missing_groups(self._job, self._committed, unit):
+                rows, dropped = commit_coordinates(self._job, self._fence, unit, work.tokens)
+                self._report(Committed(rows=rows, dropped=dropped))

@@ -1,0 +1,101 @@
+"""The generate step: hands batches of units to generator actors until every unit's rollouts are committed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+from personaspace.cluster.config import ClusterConfig
+from personaspace.cluster.events import Committed, Event, Note, Progressed, StepFinished, StepStarted
+from personaspace.cluster.faults import unwrap
+from personaspace.cluster.generators import (
+    GenerationReport,
+    Generator,
+    UnitPlan,
+    dropped_rows,
+    import_unit,
+)
+from personaspace.cluster.job import Job
+from personaspace.cluster.session import share
+from personaspace.extract.chat import ChatFormat
+from personaspace.store.commit import ROLLOUTS, adopt, committed_slots
+from personaspace.store.layout import rollouts_key
+from personaspace.store.lease import Fence
+from personaspace.store.rollouts import decode_rollouts
+
+Report = Callable[[Event], None]
+
+
+def missing_units(job: Job) -> set[int]:
+    """Units whose rollouts are not committed."""
+    committed = committed_slots(job.folder)
+    return {unit for unit in range(job.layout.units) if (ROLLOUTS, unit, 0) not in committed}
+
+
+def generate(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> None:
+    """Commit the rollouts of every unit: adopt what a crash left, import or sample the rest.
+
+    Raises WorkerError naming the rollouts if a batch fails, LeaseError if another driver took over.
+    """
+    for unit in sorted(missing_units(job)):
+        adopt(
+            fence,
+            (ROLLOUTS, unit, 0),
+            rollouts_key(unit),
+            rows=job.layout.unit_row_range(unit),
+            inspect=lambda data: dropped_rows(decode_rollouts(data).select(["row", "dropped"]).to_pylist()),
+        )
+    missing = missing_units(job)
+    rows_missing = sum(len(job.layout.unit_row_range(unit)) for unit in missing)
+    report(StepStarted(step="generate", rows=job.layout.rows, rows_done=job.layout.rows - rows_missing))
+    if job.generate.responses is not None:
+        chat = ChatFormat(job.checkpoint, job.model)
+        for unit in sorted(missing):
+            _tell(report, import_unit(fence, _unit_plan(job, unit, missing), chat, job.checkpoint.max_positions))
+    elif missing:
+        _sample(job, fence, cluster, missing, report)
+    report(StepFinished(step="generate"))
+
+
+def _sample(job: Job, fence: Fence, cluster: ClusterConfig, missing: set[int], report: Report) -> None:
+    batches = [batch for batch in job.generation_batches if missing & set(batch)]
+    count = min(cluster.generators, len(batches))
+    workers = share(cluster, count)
+    report(Note(text=f"generate: {count} generator(s), {workers.cpus} CPUs each, on {workers.device}"))
+    actors = [
+        Generator.options(**workers.options()).remote(
+            job.checkpoint, job.model, job.generate, fence, workers.device, workers.cpus
+        )
+        for _ in range(count)
+    ]
+    running: dict[Any, Any] = {}
+
+    def submit(actor: Any) -> None:
+        if batches:
+            running[actor.generate.remote([_unit_plan(job, unit, missing) for unit in batches.pop(0)])] = actor
+
+    try:
+        for actor in actors:
+            submit(actor)
+        while running:
+            [done], _ = ray.wait(list(running), num_returns=1)
+            actor = running.pop(done)
+            submit(actor)
+            try:
+                _tell(report, ray.get(done))
+            except ray.exceptions.RayError as error:
+                raise unwrap(error) from None
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _unit_plan(job: Job, unit: int, missing: set[int]) -> UnitPlan:
+    rows = tuple(job.plan.rows[row] for row in job.layout.unit_row_range(unit))
+    roles = tuple(job.plan.roles[row.role_id].id for row in rows)
+    return UnitPlan(unit=unit, rows=rows, roles=roles, committed=unit not in missing)
+
+
+def _tell(report: Report, done: GenerationReport) -> None:
+    report(Progressed(tokens=done.tokens, rows=done.rows))
+    report(Committed(rows=done.rows, dropped=done.dropped))

@@ -1,0 +1,126 @@
+"""Ray actors that generate: one whole model each, publishing finished units themselves."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ray
+import torch
+
+from personaspace.cluster.faults import explain
+from personaspace.extract.chat import ChatFormat
+from personaspace.extract.checkpoint import Checkpoint
+from personaspace.extract.config import GenerateConfig, ModelConfig
+from personaspace.extract.generate.noise import rollout_seed
+from personaspace.extract.generate.transformers_engine import TransformersEngine
+from personaspace.extract.personas import PlannedRollout
+from personaspace.extract.rollouts import generated_rollout, imported_rollout
+from personaspace.store.commit import ROLLOUTS, commit
+from personaspace.store.layout import rollouts_key
+from personaspace.store.lease import Fence
+from personaspace.store.rollouts import Rollout, decode_rollouts, encode_rollouts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitPlan:
+    """One unit's rows to generate."""
+
+    unit: int
+    rows: tuple[PlannedRollout, ...]
+    roles: tuple[str, ...]
+    """Role id of each row."""
+    committed: bool
+    """It is there already; its rows only fill the batch, so that the others come out the same as before."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationReport:
+    """What a batch of units gave."""
+
+    rows: int
+    """Rows of the units that this batch committed."""
+    dropped: int
+    tokens: int
+    """Sampled tokens, of all rows of the batch."""
+    seconds: float
+
+
+@ray.remote
+class Generator:
+    """Holds one model replica and turns units into committed rollouts."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, model: ModelConfig, config: GenerateConfig, fence: Fence, device: str, threads: int
+    ) -> None:
+        torch.set_num_threads(threads)
+        self._checkpoint = checkpoint
+        self._config = config
+        self._fence = fence
+        self._chat = ChatFormat(checkpoint, model)
+        self._engine = TransformersEngine(checkpoint, self._chat, dtype=model.dtype, device=device)
+
+    def generate(self, units: Sequence[UnitPlan]) -> GenerationReport:
+        """Sample the batch and commit its units. Raises WorkerError naming the rollouts."""
+        start = time.monotonic()
+        planned = [row for unit in units for row in unit.rows]
+        with explain("generation", [row.rollout_id for row in planned]):
+            prompts = [self._chat.encode_prompt(row.messages) for row in planned]
+            seeds = [rollout_seed(self._config.seed, row.rollout_id) for row in planned]
+            responses = self._engine.generate(prompts, seeds, self._config)
+            made = iter(zip(prompts, responses, strict=True))
+            rows = dropped = 0
+            for unit in units:
+                rollouts = [
+                    generated_rollout(
+                        row,
+                        role,
+                        *next(made),
+                        chat=self._chat,
+                        config=self._config,
+                        max_positions=self._checkpoint.max_positions,
+                    )
+                    for row, role in zip(unit.rows, unit.roles, strict=True)
+                ]
+                if not unit.committed:
+                    commit_rollouts(self._fence, unit.unit, rollouts)
+                    rows += len(rollouts)
+                    dropped += sum(rollout.dropped is not None for rollout in rollouts)
+        tokens = sum(len(response.token_ids) for response in responses)
+        return GenerationReport(rows=rows, dropped=dropped, tokens=tokens, seconds=time.monotonic() - start)
+
+
+def import_unit(fence: Fence, unit: UnitPlan, chat: ChatFormat, max_positions: int | None) -> GenerationReport:
+    """Commit one unit of imported responses; no model is needed, so this runs in the driver."""
+    start = time.monotonic()
+    rollouts = [
+        imported_rollout(row, role, chat=chat, max_positions=max_positions)
+        for row, role in zip(unit.rows, unit.roles, strict=True)
+    ]
+    commit_rollouts(fence, unit.unit, rollouts)
+    return GenerationReport(
+        rows=len(rollouts),
+        dropped=sum(rollout.dropped is not None for rollout in rollouts),
+        tokens=sum(len(rollout.response_token_ids) for rollout in rollouts),
+        seconds=time.monotonic() - start,
+    )
+
+
+def commit_rollouts(fence: Fence, unit: int, rollouts: Sequence[Rollout]) -> None:
+    """Publish a unit's rollouts as one Parquet part. A valid part that is already there wins."""
+
+    def inspect(data: bytes) -> dict[int, str]:
+        return dropped_rows(decode_rollouts(data).select(["row", "dropped"]).to_pylist())
+
+    commit(
+        fence,
+        (ROLLOUTS, unit, 0),
+        {rollouts_key(unit): encode_rollouts(rollouts)},
+        rows=range(rollouts[0].row, rollouts[-1].row + 1),
+        dropped={rollout.row: rollout.dropped for rollout in rollouts if rollout.dropped is not None},
+        inspect=inspect,
+    )
+
+
+def dropped_rows(columns: Sequence[dict[str, object]]) -> dict[int, str]:
+    """Row -> reason, from the `row` and `dropped` columns of rollouts."""
+    return {int(str(entry["row"])): str(entry["dropped"]) for entry in columns if entry["dropped"] is not None}

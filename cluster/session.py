@@ -1,0 +1,109 @@
+"""A driver's session: the run's lease, its manifest, the Ray cluster, and an orderly end whatever happens."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import ray
+
+from personaspace.cluster.config import ClusterConfig
+from personaspace.cluster.job import Job, session_entry
+from personaspace.store.errors import InputError, PersonaspaceError
+from personaspace.store.lease import Fence, acquire
+from personaspace.store.manifest import MANIFEST, check_identity, write_session
+from personaspace.store.schema import RESID_POST_MEAN, create_group
+
+
+class Interrupted(PersonaspaceError):
+    """Ctrl-C or SIGTERM. The run can be resumed."""
+
+    exit_code = 130
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workers:
+    """What each actor gets of the cluster."""
+
+    device: str
+    """`cpu` or `cuda`."""
+    cpus: int
+    """CPUs and threads of one actor."""
+    gpus: int
+
+    def options(self) -> dict[str, Any]:
+        """Ray options of one actor."""
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus}
+
+
+@contextmanager
+def hold_run(job: Job, say: Callable[[str], None]) -> Iterator[Fence]:
+    """Hold the run's lease, create the run if it is new, and note this session in run.json."""
+    if not job.folder.exists(MANIFEST):
+        foreign = sorted(path.name for path in job.folder.path.glob("*") if path.name != "lease.json")
+        if set(foreign) - {"activations.zarr"}:
+            raise InputError(f"{job.folder.path}: holds {foreign}, but no run.json; choose an empty place for the run.")
+    with acquire(job.folder, timeout=job.store.lease_timeout, say=say) as lease:
+        # Another driver may have created the run while this one waited for the lease.
+        existing = check_identity(job.folder, job.manifest)
+        if existing is None:
+            create_group(
+                job.folder.path,
+                job.layout,
+                {RESID_POST_MEAN: "Mean over the response tokens of the residual stream after each block"},
+                {"identity_hash": job.manifest.identity_hash},
+            )
+            existing = job.manifest
+        lease.fence.check()
+        write_session(job.folder, existing, job.manifest, session_entry(lease.epoch))
+        yield lease.fence
+        job.folder.clear_scratch()
+
+
+@contextmanager
+def ray_cluster(config: ClusterConfig) -> Iterator[None]:
+    """Connect to the configured cluster, or start one on this machine; shut down what was started."""
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    # Ray's own banner and usage note drown the lines that matter.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    local: dict[str, Any] = {"include_dashboard": False} if address is None else {}
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **local)
+    except ConnectionError as error:
+        raise InputError(f"cluster.address: no Ray cluster answers at {address}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def share(config: ClusterConfig, actors: int) -> Workers:
+    """Divide the cluster among ``actors``. Raises InputError if there are not enough GPUs."""
+    resources = ray.cluster_resources()
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    device = config.device if config.device != "auto" else ("cuda" if gpus else "cpu")
+    if device == "cuda" and gpus < actors:
+        raise InputError(
+            f"cluster: {actors} actors need a GPU each, and the cluster has {gpus}. Lower cluster.generators, "
+            "or cluster.stages times cluster.replicas, or set cluster.device to cpu."
+        )
+    return Workers(device=device, cpus=max(1, cpus // actors), gpus=1 if device == "cuda" else 0)
+
+
+@contextmanager
+def orderly_end() -> Iterator[None]:
+    """Turn SIGTERM (`ray job stop`, a scheduler's warning) and Ctrl-C into one Interrupted error."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted("Interrupted. What is committed is safe; the same command resumes.") from interrupt
+    finally:
+        signal.signal(signal.SIGTERM, previous)

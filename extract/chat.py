@@ -1,0 +1,101 @@
+"""Chat templates: messages to token ids, the same today and tomorrow, with the policy recorded."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer
+
+from personaspace.extract.checkpoint import Checkpoint
+from personaspace.extract.config import ModelConfig
+from personaspace.store.errors import InputError
+
+Message = dict[str, str]
+
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+    "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\\n' }}"
+    "{% else %}{{ 'Assistant: ' + message['content'] + '\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+PLAIN_STOP = "\nUser:"
+
+
+class ChatFormat:
+    """How one model's conversations become token ids.
+
+    `system_policy` is `native`, or `folded` where the template refuses system messages: then the system text
+    opens the first user turn.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.source, **checkpoint.loading())
+        self._template = _find_template(self.tokenizer, checkpoint, config.chat_template)
+        self._date_string = config.date_string
+        self.stop_strings = [PLAIN_STOP] if config.chat_template == "plain" else []
+        self.system_policy = "native"
+        probe = [{"role": "system", "content": "probe"}, {"role": "user", "content": "probe"}]
+        try:
+            self.render(probe, add_generation_prompt=True)
+        except TemplateError:
+            self.system_policy = "folded"
+            self.render(probe, add_generation_prompt=True)
+
+    @property
+    def template_hash(self) -> str:
+        """Hash of the template and of everything that fills it besides the messages."""
+        content = f"{self._template}\0{self._date_string}\0{self.system_policy}"
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """Text of the conversation as the model sees it."""
+        if self.system_policy == "folded":
+            messages = fold_system(messages)
+        rendered: str = self.tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=self._template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            date_string=self._date_string,
+        )
+        return rendered
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of rendered text; the template already holds the BOS token where there is one."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids up to where the assistant's response begins."""
+        return self.encode_text(self.render(messages, add_generation_prompt=True))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of response tokens."""
+        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return text
+
+
+def fold_system(messages: Sequence[Message]) -> list[Message]:
+    """Move a leading system message into the first user turn, separated by an empty line."""
+    if not messages or messages[0]["role"] != "system":
+        return list(messages)
+    system, user, *rest = messages
+    return [{"role": user["role"], "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+
+
+def _find_template(tokenizer: Any, checkpoint: Checkpoint, choice: str) -> str:
+    if choice == "plain":
+        return PLAIN_TEMPLATE
+    if choice == "builtin":
+        if not tokenizer.chat_template:
+            raise InputError(
+                f"model.chat_template: builtin, but the tokenizer of {checkpoint.source} has no chat template. "
+                "Use `plain` for a base model, or give a Jinja file."
+            )
+        return str(tokenizer.get_chat_template())
+    file = Path(choice).expanduser()
+    if not file.is_file():
+        raise InputError(f"model.chat_template: {choice} is no file; allowed are `builtin`, `plain`, or a Jinja file.")
+    return file.read_text(encoding="utf-8")

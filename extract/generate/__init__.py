@@ -1,0 +1,1 @@
+"""Sampling responses: one file per engine, and the noise that makes them reproducible."""

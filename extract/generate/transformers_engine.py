@@ -1,0 +1,84 @@
+"""Generation with transformers: one whole model in this process, static batches, token ids in and out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList
+
+from personaspace.extract.chat import ChatFormat
+from personaspace.extract.checkpoint import Checkpoint
+from personaspace.extract.config import Dtype, GenerateConfig
+from personaspace.extract.generate.noise import GumbelTopP
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Response:
+    """A sampled response."""
+
+    token_ids: list[int]
+    """Without the end-of-turn token."""
+    text: str
+    finish_reason: str
+    """`stop`: the model ended its turn; `length`: cut off at `max_new_tokens`."""
+
+
+class TransformersEngine:
+    """A causal language model that samples responses for batches of prompts."""
+
+    def __init__(self, checkpoint: Checkpoint, chat: ChatFormat, *, dtype: Dtype, device: str = "cpu") -> None:
+        self._chat = chat
+        self._device = torch.device(device)
+        self._model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.source, dtype=getattr(torch, dtype), device_map=device, **checkpoint.loading()
+        ).eval()
+        self._stop_ids = _stop_ids(self._model.generation_config.eos_token_id, chat.tokenizer.eos_token_id)
+        # Only these settings count: a checkpoint's own sampling defaults must not slip in.
+        self._model.generation_config = GenerationConfig(
+            eos_token_id=self._stop_ids or None, pad_token_id=next(iter(self._stop_ids), 0), do_sample=False
+        )
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: GenerateConfig) -> list[Response]:
+        """Sample one response per prompt (token ids), each with its own seed."""
+        length = max(len(prompt) for prompt in prompts)
+        ids_BT = torch.zeros((len(prompts), length), dtype=torch.long)
+        mask_BT = torch.zeros_like(ids_BT)
+        for row, prompt in enumerate(prompts):
+            ids_BT[row, length - len(prompt) :] = torch.tensor(prompt)
+            mask_BT[row, length - len(prompt) :] = 1
+        sampler = GumbelTopP(
+            list(seeds), temperature=config.temperature, top_p=config.top_p, prompt_length=length
+        )
+        stops = self._chat.stop_strings
+        generated_BT = self._model.generate(
+            input_ids=ids_BT.to(self._device),
+            attention_mask=mask_BT.to(self._device),
+            max_new_tokens=config.max_new_tokens,
+            logits_processor=LogitsProcessorList([sampler]),
+            **({"stop_strings": stops, "tokenizer": self._chat.tokenizer} if stops else {}),
+        )
+        return [self._finish(row) for row in generated_BT[:, length:].tolist()]
+
+    def _finish(self, token_ids: list[int]) -> Response:
+        """Cut the response at its end of turn or stop string."""
+        end = next((i for i, token in enumerate(token_ids) if token in self._stop_ids), len(token_ids))
+        finish_reason = "stop" if end < len(token_ids) else "length"
+        token_ids = token_ids[:end]
+        for stop in self._chat.stop_strings:
+            cut = self._chat.decode(token_ids).find(stop)
+            if cut >= 0:
+                finish_reason = "stop"
+                # A token that holds even a part of the stop string belongs to the next turn.
+                while len(self._chat.decode(token_ids)) > cut:
+                    token_ids = token_ids[:-1]
+        return Response(token_ids=token_ids, text=self._chat.decode(token_ids), finish_reason=finish_reason)
+
+
+def _stop_ids(*candidates: int | list[int] | None) -> list[int]:
+    """End-of-turn ids from the generation config and the tokenizer, in order, without doubles."""
+    stop_ids: dict[int, None] = {}
+    for candidate in candidates:
+        for token in [candidate] if isinstance(candidate, int) else candidate or []:
+            stop_ids[token] = None
+    return list(stop_ids)

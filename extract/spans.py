@@ -1,0 +1,46 @@
+"""Which tokens are the response, for text that was not generated here (imported transcripts)."""
+
+from collections.abc import Sequence
+
+from personaspace.extract.chat import ChatFormat, Message, fold_system
+from personaspace.store.errors import PersonaspaceError
+
+
+class UnstableBoundaryError(PersonaspaceError):
+    """Prompt and response cannot be told apart by tokens; the rollout must not be averaged on a guess."""
+
+
+def locate_response(chat: ChatFormat, messages: Sequence[Message], response: str) -> tuple[list[int], list[int]]:
+    """Token ids of prompt and response of a finished conversation, without the end-of-turn token.
+
+    The conversation is rendered and tokenised whole; the response is the tokens inside its characters. Raises
+    UnstableBoundaryError where the template changes the text before it, or a token straddles its ends.
+    """
+    prompt_text = chat.render(messages, add_generation_prompt=True)
+    turns = [*(fold_system(messages) if chat.system_policy == "folded" else messages)]
+    full_text = chat.render([*turns, {"role": "assistant", "content": response}], add_generation_prompt=False)
+    if not full_text.startswith(prompt_text):
+        raise UnstableBoundaryError("the chat template renders the prompt differently once a response follows")
+    start = _response_start(full_text, len(prompt_text), response)
+    # Templates such as Llama's trim the content; the spaces they cut are no tokens.
+    stop = start + len(response if full_text.startswith(response, start) else response.strip())
+
+    encoded = chat.tokenizer(full_text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    first = next((i for i, (_, end) in enumerate(offsets) if end > start), len(ids))
+    last = next((i for i, (begin, _) in enumerate(offsets) if begin >= stop), len(ids))
+    if first < last and (offsets[first][0] < start or offsets[last - 1][1] > stop):
+        raise UnstableBoundaryError("a token straddles the boundary between response and template")
+    if ids[:first] != chat.encode_text(full_text[:start]):
+        raise UnstableBoundaryError("the prompt's tokens change once the response follows")
+    return ids[:first], ids[first:max(first, last)]
+
+
+def _response_start(full_text: str, prompt_end: int, response: str) -> int:
+    for content in (response, response.strip()):
+        if full_text.startswith(content, prompt_end):
+            return prompt_end
+        # The plain template ends its prompt without the space that precedes a response.
+        if full_text.startswith(" " + content, prompt_end):
+            return prompt_end + 1
+    raise UnstableBoundaryError("the rendered conversation does not contain the response as written")

@@ -1,0 +1,124 @@
+"""The command line: `personaspace run CONFIG`, each step alone, and `status`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+from personaspace.config import RunConfig, load_config, print_flags
+from personaspace.store.errors import InputError, PersonaspaceError
+
+STEPS = {
+    "run": "all steps: generate, extract, fit, report",
+    "generate": "sample (or import) the rollouts",
+    "extract": "pool every layer's activations into the store",
+    "fit": "compute persona space, Assistant Axis and evidence",
+    "report": "write report.html",
+}
+EPILOG = """\
+examples:
+  personaspace run configs/demo.yaml
+  personaspace run configs/demo.yaml --store.run second --generate.seed 1
+  personaspace extract configs/demo.yaml --cluster.stages 3
+  personaspace status runs/demo
+  ray job submit --address http://HEAD:8265 --working-dir . -- python -m personaspace run configs/demo.yaml
+
+Every setting is a flag: `personaspace run --help` lists them. Flags beat the file, the file beats the defaults.
+A command that was interrupted is repeated to resume. Exit codes: 0 done, 1 failed, 2 bad input, 3 run in use,
+4 damaged data, 5 a worker failed, 130 interrupted."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. Errors for the user are one message, without a traceback."""
+    parsed, flags = _parser().parse_known_args(arguments)
+    try:
+        if parsed.command == "status":
+            if flags:
+                raise InputError(f"status: unknown argument {flags[0]}.")
+            return _status(Path(parsed.target))
+        if parsed.help:
+            print_flags(f"personaspace {parsed.command} CONFIG")
+        if parsed.target is None:
+            raise InputError(f"{parsed.command}: give a config file, such as configs/demo.yaml.")
+        config = load_config(Path(parsed.target), flags, prog=f"personaspace {parsed.command} CONFIG")
+        _run(config, list(STEPS)[1:] if parsed.command == "run" else [parsed.command])
+    except PersonaspaceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="personaspace",
+        description="Persona rollouts, pooled activations of every layer, and the Assistant Axis of a chat model.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, description in STEPS.items():
+        # The flags' help comes from the config itself, so argparse must not answer --help here.
+        command = commands.add_parser(name, help=description, add_help=False, allow_abbrev=False)
+        command.add_argument("target", nargs="?", metavar="CONFIG", help="YAML file; every setting in it is also a flag")
+        command.add_argument("-h", "--help", action="store_true")
+    status = commands.add_parser("status", help="how far a run is, and who writes it")
+    status.add_argument("target", metavar="RUN", help="folder of a run, such as runs/demo, or its config file")
+    return parser
+
+
+def _run(config: RunConfig, steps: Sequence[str]) -> None:
+    # Heavy libraries load here, so that --help and bad config files answer at once.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as transformers_logging
+
+    from personaspace.analysis.fit import fit
+    from personaspace.analysis.publish import publish_report
+    from personaspace.cluster.extraction import check_stages, extract
+    from personaspace.cluster.generation import generate
+    from personaspace.cluster.job import prepare
+    from personaspace.cluster.progress import ProgressDisplay
+    from personaspace.cluster.session import hold_run, orderly_end, ray_cluster
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    with orderly_end():
+        job = prepare(
+            model=config.model,
+            personas=config.personas,
+            generate=config.generate,
+            extract=config.extract,
+            store=config.store,
+            execution={"cluster": asdict(config.cluster), "analysis": asdict(config.analysis)},
+        )
+        check_stages(job, config.cluster)
+        print(f"run {job.folder.path}  (identity {job.manifest.identity_hash}, {job.layout.rows} rollouts)", flush=True)
+        if {"generate", "extract"} & set(steps):
+            with ExitStack() as stack:
+                display = stack.enter_context(ProgressDisplay())
+                fence = stack.enter_context(hold_run(job, say=print))
+                stack.enter_context(ray_cluster(config.cluster))
+                if "generate" in steps or config.generate.responses is not None:
+                    generate(job, fence, config.cluster, display.report)
+                if "extract" in steps:
+                    extract(job, fence, config.cluster, display.report)
+        if "fit" in steps:
+            space = fit(job.folder.path, config.analysis)
+            layer = space.sel(layer=space.attrs["target_layer"])
+            print(f"fit: {space.sizes['role']} roles, |cos(axis, PC1)| {float(layer['cos_axis_pc1']):.2f} at layer "
+                  f"{int(layer['layer'])}")
+        if "report" in steps:
+            print(f"report: {publish_report(job.folder.path)}")
+
+
+def _status(target: Path) -> int:
+    from personaspace.cluster.status import describe
+
+    if target.is_file():
+        store = load_config(target).store
+        target = Path(store.root) / store.run
+    print(describe(target.expanduser()))
+    return 0

@@ -1,0 +1,92 @@
+"""Reading a run: a lazy xarray Dataset in which only committed data is visible."""
+
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+import zarr
+from numpy.typing import NDArray
+from zarr.storage import LocalStore
+
+from personaspace.store.commit import COORDINATES_RECORD, committed_slots
+from personaspace.store.errors import InputError
+from personaspace.store.layout import ZARR_GROUP, Layout
+from personaspace.store.manifest import read_manifest
+from personaspace.store.objects import LocalFolder
+from personaspace.store.schema import COORDINATES, RESID_POST_MEAN
+
+
+def open_run(url: str | Path) -> xr.Dataset:
+    """Open a run folder as a lazy Dataset with Dask chunks along its shards.
+
+    Dims ``(rollout, layer, hidden)``; float32; rows and layers without a commit record read as NaN, and their
+    ``status`` as 0 (pending), whatever lies in the store. Raises InputError if there is no run at ``url``.
+    """
+    path = Path(url).expanduser()
+    folder = LocalFolder(path)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise InputError(f"{path}: no run here (no run.json). Give the folder of a run, such as runs/demo.")
+    layout = manifest.layout
+    committed = committed_slots(folder)
+    group = zarr.open_group(LocalStore(path / ZARR_GROUP, read_only=True), mode="r")
+
+    shards_committed = np.zeros((layout.units, layout.groups), dtype=bool)
+    rows_committed = np.zeros(layout.padded_rows, dtype=bool)
+    for array, unit, layer_group in committed:
+        if array == RESID_POST_MEAN:
+            shards_committed[unit, layer_group] = True
+        elif array == COORDINATES_RECORD:
+            rows_committed[layout.unit_slice(unit)] = True
+
+    lazy = CommittedArray(path / ZARR_GROUP / RESID_POST_MEAN, layout, shards_committed)
+    chunks = (layout.unit_rows, layout.layer_group, layout.hidden)
+    activations = da.from_array(lazy, chunks=chunks, asarray=False, name=f"{RESID_POST_MEAN}-{lazy.token()}")
+    coordinates: dict[str, Any] = {"layer": np.arange(layout.layers, dtype=np.int32)}
+    for name in COORDINATES:
+        values = np.asarray(group[name][:])
+        missing = "" if values.dtype.kind in "UTO" else 0
+        coordinates[name] = ("rollout", np.where(rows_committed, values, missing).astype(values.dtype))
+    return xr.Dataset(
+        {RESID_POST_MEAN: (("rollout", "layer", "hidden"), activations)},
+        coords=coordinates,
+        attrs={"run": str(path), "identity_hash": manifest.identity_hash, "model": manifest.identity["model"]["name"]},
+    )
+
+
+class CommittedArray:
+    """Array-like view of a stored array that reads committed shards and shows NaN elsewhere.
+
+    It opens the store on first use, so that Dask may pickle it into any process.
+    """
+
+    dtype = np.dtype(np.float32)
+    ndim = 3
+
+    def __init__(self, path: Path, layout: Layout, committed: NDArray[np.bool_]) -> None:
+        self.path = path
+        self.layout = layout
+        self.committed = committed
+        self.shape = (layout.padded_rows, layout.layers, layout.hidden)
+
+    def token(self) -> str:
+        """Changes whenever more is committed, so that Dask never mixes two states of a run."""
+        from dask.base import tokenize
+
+        return str(tokenize(str(self.path), self.layout, self.committed))
+
+    def __getitem__(self, index: tuple[Any, ...]) -> NDArray[np.float32]:
+        rows = np.arange(self.shape[0])[index[0]] // self.layout.unit_rows
+        layers = np.arange(self.shape[1])[index[1]] // self.layout.layer_group
+        visible = self.committed[np.ix_(np.atleast_1d(rows), np.atleast_1d(layers))]
+        visible = visible.reshape(np.shape(rows) + np.shape(layers))
+        if not visible.any():
+            hidden = np.arange(self.shape[2])[index[2]]
+            return np.full(visible.shape + np.shape(hidden), np.nan, dtype=np.float32)
+        array = zarr.open_array(LocalStore(self.path, read_only=True), mode="r")
+        values = np.asarray(array[index], dtype=np.float32)
+        if visible.all():
+            return values
+        return np.where(visible.reshape(visible.shape + (1,) * (values.ndim - visible.ndim)), values, np.float32(np.nan))

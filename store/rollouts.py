@@ -1,0 +1,94 @@
+"""Rollouts in Parquet: one part per unit, published whole and recorded like any other object."""
+
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from personaspace.store.commit import ROLLOUTS, read_records
+from personaspace.store.errors import IntegrityError
+from personaspace.store.objects import LocalFolder
+
+SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("rollout_id", pa.string(), nullable=False),
+        pa.field("role", pa.string(), nullable=False),
+        pa.field("role_id", pa.int32(), nullable=False),
+        pa.field("prompt", pa.int32(), nullable=False),
+        pa.field("question", pa.int32(), nullable=False),
+        pa.field("sample", pa.int32(), nullable=False),
+        pa.field("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])), nullable=False),
+        pa.field("response", pa.string(), nullable=False),
+        pa.field("prompt_token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("response_token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("template_hash", pa.string(), nullable=False),
+        pa.field("sampling", pa.string(), nullable=False),
+        pa.field("seed", pa.uint64(), nullable=False),
+        pa.field("dropped", pa.string()),
+    ],
+    metadata={"schema_version": "1"},
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """One conversation that ends with an assistant response, as stored. Columns of the Parquet parts."""
+
+    row: int
+    """Place on the rollout axis of the arrays."""
+    rollout_id: str
+    """Hash of persona, messages, generation settings and sample: stable when questions are added or reordered."""
+    role: str
+    role_id: int
+    prompt: int
+    question: int
+    sample: int
+    messages: list[dict[str, str]]
+    """The conversation before the response: [{role, content}]."""
+    response: str
+    prompt_token_ids: list[int]
+    response_token_ids: list[int]
+    """The span that is averaged: without the end-of-turn token."""
+    finish_reason: str
+    """`stop` (the model ended its turn), `length` (cut off) or `imported`."""
+    template_hash: str
+    """Of the chat template as used, date pinned."""
+    sampling: str
+    """Sampling parameters as JSON."""
+    seed: int
+    dropped: str | None = None
+    """Why the rollout can't be used (nothing to average, for example), or None."""
+
+
+def encode_rollouts(rollouts: Sequence[Rollout]) -> bytes:
+    """One Parquet part, with page checksums."""
+    table = pa.Table.from_pylist([asdict(rollout) for rollout in rollouts], schema=SCHEMA)
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    return sink.getvalue()
+
+
+def decode_rollouts(data: bytes) -> pa.Table:
+    """Table of one part. Raises IntegrityError if it is damaged or has other columns."""
+    try:
+        table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise IntegrityError(f"{len(data)} bytes do not decode as a Parquet part: {error}") from error
+    if not table.schema.equals(SCHEMA):
+        raise IntegrityError(f"Parquet part has columns {table.schema.names}, expected {SCHEMA.names}")
+    return table
+
+
+def read_rollouts(folder: LocalFolder, units: Iterable[int] | None = None, columns: list[str] | None = None) -> pa.Table:
+    """Committed rollouts: all of them in row order, or those of ``units`` in their order; all columns, or some."""
+    if units is None:
+        records = [record for _, record in sorted(read_records(folder, ROLLOUTS).items())]
+    else:
+        records = [record for unit in units for record in read_records(folder, ROLLOUTS, unit).values()]
+    tables = [decode_rollouts(folder.get(record.objects[0].key)) for record in records]
+    table = pa.concat_tables([SCHEMA.empty_table(), *tables])
+    return table if columns is None else table.select(columns)

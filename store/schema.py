@@ -1,0 +1,138 @@
+"""The Zarr group of a run: its arrays, and the bytes of single shards and chunks encoded in memory.
+
+Zarr itself encodes: a shard is written to a one-shard array of the same schema in a MemoryStore, and the
+resulting object is published by the commit protocol. So any Zarr v3 reader can decode what is stored.
+"""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numcodecs
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import LocalStore, MemoryStore
+
+from personaspace.store.config import Precision
+from personaspace.store.errors import IntegrityError
+from personaspace.store.layout import ZARR_GROUP, Layout
+
+RESID_POST_MEAN = "resid_post_mean"
+STATUS = ("pending", "ok", "dropped", "pad")
+"""Meaning of the values of the `status` coordinate."""
+
+COORDINATES: Mapping[str, tuple[str, str]] = {
+    "role": ("string", "Permanent id of the role"),
+    "role_id": ("int32", "Index into the roles of run.json"),
+    "prompt": ("int32", "Index of the role's system prompt"),
+    "question": ("int32", "Index into the questions of run.json"),
+    "sample": ("int32", "Repetition of the same prompt and question"),
+    "n_tokens": ("int32", "Response tokens that were averaged"),
+    "status": ("uint8", "0 pending, 1 ok, 2 dropped, 3 pad"),
+}
+
+
+def create_group(root: Path, layout: Layout, arrays: Mapping[str, str], provenance: Mapping[str, Any]) -> None:
+    """Create the Zarr group with its empty arrays (name -> description). Idempotent while nothing is committed."""
+    group = zarr.create_group(LocalStore(root / ZARR_GROUP), overwrite=True, attributes=dict(provenance))
+    for name, description in arrays.items():
+        group.create_array(
+            name,
+            shape=(layout.padded_rows, layout.layers, layout.hidden),
+            **_activation_spec(layout),
+            dimension_names=("rollout", "layer", "hidden"),
+            attributes={"description": description, "coordinates": " ".join(COORDINATES)},
+        )
+    for name, (dtype, description) in COORDINATES.items():
+        group.create_array(
+            name,
+            shape=(layout.padded_rows,),
+            **_coordinate_spec(layout, dtype),
+            dimension_names=("rollout",),
+            attributes={"description": description},
+        )
+    layers = group.create_array(
+        "layer",
+        shape=(layout.layers,),
+        dtype="int32",
+        dimension_names=("layer",),
+        attributes={"description": "Residual stream after this block, 0-based, before any final norm"},
+    )
+    layers[:] = np.arange(layout.layers, dtype=np.int32)
+    with warnings.catch_warnings():
+        # Zarr notes that v3 has no consolidated metadata yet; xarray warns at every open where it is missing.
+        warnings.simplefilter("ignore")
+        zarr.consolidate_metadata(group.store)
+
+
+def encode_shard(values_RGD: NDArray[np.float32], layout: Layout, precision: Precision) -> bytes:
+    """Bytes of one shard of an activation array. Shape ``(R, layers of the group, hidden)``, NaN where missing."""
+    rounded = round_mantissa(values_RGD, precision)
+    rows, layers, hidden = rounded.shape
+    return _encode(rounded, shape=(layout.unit_rows, layers, hidden), key="c/0/0/0", spec=_activation_spec(layout))
+
+
+def decode_shard(data: bytes, layout: Layout, layers: int) -> NDArray[np.float32]:
+    """Values ``(R, layers, hidden)`` of one shard's bytes. Raises IntegrityError if they don't decode."""
+    shape = (layout.unit_rows, layers, layout.hidden)
+    return _decode(data, shape=shape, key="c/0/0/0", spec=_activation_spec(layout))
+
+
+def encode_coordinate(values: NDArray[Any], layout: Layout, name: str) -> bytes:
+    """Bytes of one unit's chunk of the coordinate ``name``. Shape ``(R,)``."""
+    return _encode(values, shape=(layout.unit_rows,), key="c/0", spec=_coordinate_spec(layout, COORDINATES[name][0]))
+
+
+def round_mantissa(values: NDArray[np.float32], precision: Precision) -> NDArray[np.float32]:
+    """Round float32 values to the stored number of mantissa bits; NaN and infinities stay as they are.
+
+    Rounding happens here and not as a recorded codec, since TensorStore refuses arrays with one.
+    """
+    if precision == "lossless":
+        return values
+    codec = numcodecs.BitRound(keepbits=int(precision))
+    rounded: NDArray[np.float32] = codec.decode(codec.encode(values.astype(np.float32, copy=True))).reshape(values.shape)
+    # BitRound carries into the exponent and turns some NaN payloads into infinities.
+    return np.where(np.isfinite(values), rounded, values)
+
+
+def _activation_spec(layout: Layout) -> dict[str, Any]:
+    return {
+        "dtype": "float32",
+        "chunks": (layout.unit_rows, 1, layout.hidden),
+        "shards": (layout.unit_rows, layout.layer_group, layout.hidden),
+        "fill_value": float("nan"),
+        "compressors": [BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", typesize=4), Crc32cCodec()],
+        # Without this an all-NaN shard would not exist, and its record would point to nothing.
+        "config": {"write_empty_chunks": True},
+    }
+
+
+def _coordinate_spec(layout: Layout, dtype: str) -> dict[str, Any]:
+    return {
+        "dtype": dtype,
+        "chunks": (layout.unit_rows,),
+        "fill_value": "" if dtype == "string" else 0,
+        "compressors": [Crc32cCodec()],
+        "config": {"write_empty_chunks": True},
+    }
+
+
+def _encode(values: NDArray[Any], *, shape: tuple[int, ...], key: str, spec: dict[str, Any]) -> bytes:
+    objects: dict[str, Any] = {}
+    array = zarr.create_array(MemoryStore(objects), shape=shape, **spec)
+    array[...] = values
+    return bytes(objects[key].to_bytes())
+
+
+def _decode(data: bytes, *, shape: tuple[int, ...], key: str, spec: dict[str, Any]) -> NDArray[np.float32]:
+    objects: dict[str, Any] = {key: default_buffer_prototype().buffer.from_bytes(data)}
+    array = zarr.create_array(MemoryStore(objects), shape=shape, **spec)
+    try:
+        return np.asarray(array[...], dtype=np.float32)
+    except Exception as error:  # Codecs raise errors of many kinds; all of them mean bytes that can't be trusted.
+        raise IntegrityError(f"{len(data)} bytes do not decode as a shard of shape {shape}: {error}") from error
