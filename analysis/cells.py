@@ -1,7 +1,11 @@
-"""Means per (role, question) cell: the one pass over the activations that role vectors and evidence rest on."""
+"""Means per (role, question) cell: the one pass over the activations that role vectors and evidence rest on.
+
+Shape suffixes: R roles, Q questions, C cells (R x Q), D hidden, N rollouts.
+"""
 
 from dataclasses import dataclass
 
+import dask.array as da
 import flox
 import numpy as np
 import xarray as xr
@@ -13,17 +17,26 @@ from personaspace.store.schema import RESID_POST_MEAN, STATUS
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cells:
-    """Mean activation of each role's answers to each question, and how many rollouts each mean holds."""
+    """One layer's mean activation of each role's answers to each question."""
 
-    mean_RQLD: NDArray[np.float64]
-    """Shape (roles, questions, layers, hidden); NaN where a cell has no rollout."""
+    mean_RQD: NDArray[np.float64]
+    """NaN where a cell has no rollout."""
     count_RQ: NDArray[np.int64]
+    """Rollouts in each mean."""
+
+    def roles(self, chosen: list[int]) -> "Cells":
+        """The cells of some roles."""
+        return Cells(mean_RQD=self.mean_RQD[chosen], count_RQ=self.count_RQ[chosen])
+
+    def questions(self, chosen: NDArray[np.intp]) -> "Cells":
+        """The cells of some questions."""
+        return Cells(mean_RQD=self.mean_RQD[:, chosen], count_RQ=self.count_RQ[:, chosen])
 
     def role_means(self) -> NDArray[np.float64]:
-        """Mean over a role's rollouts, each counting the same: ``(roles, layers, hidden)``."""
+        """Mean over each role's rollouts, every rollout counting the same: ``(R, D)``."""
         weight_RQ = self.count_RQ / np.maximum(self.count_RQ.sum(1, keepdims=True), 1)
-        means: NDArray[np.float64] = np.einsum("rq,rqld->rld", weight_RQ, np.nan_to_num(self.mean_RQLD), optimize=True)
-        return means
+        mean_RD: NDArray[np.float64] = np.einsum("rq,rqd->rd", weight_RQ, np.nan_to_num(self.mean_RQD))
+        return mean_RD
 
 
 def usable_rows(run: xr.Dataset) -> NDArray[np.intp]:
@@ -34,18 +47,30 @@ def usable_rows(run: xr.Dataset) -> NDArray[np.intp]:
     return rows
 
 
-def cell_means(run: xr.Dataset, roles: int, questions: int) -> Cells:
-    """Average the run's usable rollouts by role and question, in float64, with Dask over the stored shards."""
+def cell_of_row(run: xr.Dataset, questions: int) -> NDArray[np.intp]:
+    """Cell of each row on the rollout axis, ``role_id * questions + question``; -1 for rows that are not usable."""
+    cell_N = np.full(run.sizes["rollout"], -1, dtype=np.intp)
     rows = usable_rows(run)
-    status_ok = np.zeros(run.sizes["rollout"], dtype=bool)
-    status_ok[rows] = True
-    cell = np.where(status_ok, run["role_id"].values * questions + run["question"].values, -1)
-    activations = run[RESID_POST_MEAN].transpose("layer", "hidden", "rollout").data.astype(np.float64)
-    mean_LDC, _ = flox.groupby_reduce(
-        activations, cell, func="mean", expected_groups=np.arange(roles * questions), fill_value=np.nan
-    )
-    mean_CLD = np.moveaxis(np.asarray(mean_LDC), 2, 0)
+    cell_N[rows] = run["role_id"].values[rows] * questions + run["question"].values[rows]
+    return cell_N
+
+
+def lazy_cell_sums(run: xr.Dataset, cell_N: NDArray[np.intp], cells: int) -> list[da.Array]:
+    """For each layer, sums ``(D, C)`` float64 over the rows of each cell, as Dask arrays over the stored shards."""
+    x_NLD = run[RESID_POST_MEAN].data
+    return [
+        flox.groupby_reduce(
+            x_NLD[:, layer, :].astype(np.float64).T, cell_N, func="sum", expected_groups=np.arange(cells), fill_value=0.0
+        )[0]
+        for layer in range(x_NLD.shape[1])
+    ]
+
+
+def cells_from_sums(sum_DC: NDArray[np.float64], cell_N: NDArray[np.intp], roles: int, questions: int) -> Cells:
+    """Cells of one layer from its sums."""
+    count_C = np.bincount(cell_N[cell_N >= 0], minlength=roles * questions)
+    with np.errstate(invalid="ignore"):
+        mean_CD = np.where(count_C[:, None] > 0, sum_DC.T / np.maximum(count_C, 1)[:, None], np.nan)
     return Cells(
-        mean_RQLD=mean_CLD.reshape(roles, questions, *mean_CLD.shape[1:]),
-        count_RQ=np.bincount(cell[rows], minlength=roles * questions).reshape(roles, questions),
+        mean_RQD=mean_CD.reshape(roles, questions, -1), count_RQ=count_C.reshape(roles, questions).astype(np.int64)
     )

@@ -6,12 +6,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 
-from personaspace.analysis.cells import Cells, cell_means, usable_rows
+from personaspace.analysis.cells import cell_of_row, cells_from_sums, lazy_cell_sums, usable_rows
 from personaspace.analysis.config import AnalysisConfig
-from personaspace.analysis.evidence import gather_evidence
+from personaspace.analysis.evidence import Evidence, gather_evidence
 from personaspace.analysis.space import PersonaSpace, fit_space
 from personaspace.store import open_run
 from personaspace.store.errors import InputError
@@ -45,59 +47,80 @@ def compute_space(run_folder: Path, config: AnalysisConfig) -> xr.Dataset:
     if target >= manifest.layout.layers:
         raise InputError(f"analysis.target_layer: {target}; the model has layers 0 to {manifest.layout.layers - 1}.")
 
-    cells = cell_means(run, len(roles), len(manifest.tables["questions"]))
-    present = [index for index, role in enumerate(roles) if cells.count_RQ[index].sum() > 0]
-    default = [index for index in present if roles[index]["id"] == DEFAULT_ROLE]
-    others = [index for index in present if roles[index]["id"] != DEFAULT_ROLE]
+    questions = len(manifest.tables["questions"])
+    cell_N = cell_of_row(run, questions)
+    count_R = np.bincount(cell_N[cell_N >= 0] // questions, minlength=len(roles))
+    default = [index for index, role in enumerate(roles) if role["id"] == DEFAULT_ROLE and count_R[index]]
+    others = [index for index, role in enumerate(roles) if role["id"] != DEFAULT_ROLE and count_R[index]]
     if not default or len(others) < 2:
         raise InputError(
             f"{run_folder}: {len(default)} of `default` and {len(others)} other roles have usable rollouts; the axis "
             "needs `default` and at least two roles. Let extraction go on, then fit again."
         )
-    default_cells, role_cells = _take(cells, default), _take(cells, others)
-    fitted = fit_space(default_cells.role_means()[0], role_cells.role_means(), config.components)
-    evidence = gather_evidence(
-        default_cells,
-        role_cells,
-        [roles[index]["kind"] for index in others],
-        positive=config.positive_kind,
-        negative=config.negative_kind,
-        permutations=config.permutations,
-        seed=config.seed,
-    )
-    role_RLD, default_1LD = role_cells.role_means(), default_cells.role_means()
-    position_NL, score_NLK = _project(run, fitted)
+    kinds = [roles[index]["kind"] for index in others]
+
+    def fit_layer(sum_DC: NDArray[np.float64]) -> tuple[PersonaSpace, Evidence]:
+        cells = cells_from_sums(sum_DC, cell_N, len(roles), questions)
+        default_cells, role_cells = cells.roles(default), cells.roles(others)
+        space = fit_space(default_cells.role_means()[0], role_cells.role_means(), config.components)
+        evidence = gather_evidence(
+            space,
+            default_cells,
+            role_cells,
+            kinds,
+            positive=config.positive_kind,
+            negative=config.negative_kind,
+            permutations=config.permutations,
+            seed=config.seed,
+        )
+        return space, evidence
+
+    sums = lazy_cell_sums(run, cell_N, len(roles) * questions)
+    layers = dask.compute(*(dask.delayed(fit_layer)(sum_DC) for sum_DC in sums))
+    spaces = [space for space, _ in layers]
+    position_NL, score_NLK = _project(run, spaces)
+
     rows = usable_rows(run)
-    per_layer = {
-        name: ("layer", getattr(evidence, name)) for name in evidence.__dataclass_fields__
+    stacked = {name: np.stack([getattr(space, name) for space in spaces]) for name in PersonaSpace.__dataclass_fields__}
+    role_RLD = stacked["role_RD"].swapaxes(0, 1)
+    centred_RLD = role_RLD - np.stack([space.origin_D for space in spaces])
+    measures = {
+        name: ("layer", [getattr(evidence, name) for _, evidence in layers]) for name in Evidence.__dataclass_fields__
     }
     dataset = xr.Dataset(
         {
             "role_vector": (("role", "layer", "hidden"), role_RLD),
-            "default_vector": (("layer", "hidden"), default_1LD[0]),
-            "axis": (("layer", "hidden"), fitted.axis_LD),
-            "axis_norm": ("layer", np.linalg.norm(fitted.axis_LD, axis=1)),
-            "component_vector": (("layer", "component", "hidden"), fitted.component_LKD),
-            "explained_variance_ratio": (("layer", "component"), fitted.variance_ratio_LK),
-            "role_score": (("role", "layer", "component"), fitted.scores(role_RLD)),
-            "default_score": (("layer", "component"), fitted.scores(default_1LD)[0]),
-            "role_position": (("role", "layer"), fitted.position(role_RLD)),
+            "default_vector": (("layer", "hidden"), stacked["default_D"]),
+            "axis": (("layer", "hidden"), stacked["axis_D"]),
+            "axis_norm": ("layer", np.linalg.norm(stacked["axis_D"], axis=1)),
+            "component_vector": (("layer", "component", "hidden"), stacked["component_KD"]),
+            "explained_variance_ratio": (("layer", "component"), stacked["variance_ratio_K"]),
+            "role_score": (
+                ("role", "layer", "component"),
+                np.einsum("rld,lkd->rlk", centred_RLD, stacked["component_KD"]),
+            ),
+            # default - origin is the axis itself.
+            "default_score": (("layer", "component"), np.einsum("ld,lkd->lk", stacked["axis_D"], stacked["component_KD"])),
+            "role_position": (
+                ("role", "layer"),
+                np.einsum("rld,ld->rl", centred_RLD, np.stack([space.scale_D for space in spaces])),
+            ),
             "rollout_position": (("rollout", "layer"), position_NL[rows]),
             "rollout_score": (("rollout", "layer", "component"), score_NLK[rows]),
-            **per_layer,
+            **measures,
         },
         coords={
             "layer": run["layer"].values,
-            "role": [roles[index]["id"] for index in others],
-            "role_kind": ("role", [roles[index]["kind"] for index in others]),
-            "role_description": ("role", [roles[index]["description"] for index in others]),
-            "role_count": ("role", role_cells.count_RQ.sum(axis=1)),
+            "role": _text([roles[index]["id"] for index in others]),
+            "role_kind": ("role", _text(kinds)),
+            "role_description": ("role", _text([roles[index]["description"] for index in others])),
+            "role_count": ("role", count_R[others]),
             "rollout_row": ("rollout", rows),
-            "rollout_role": ("rollout", run["role"].values[rows].astype(object).astype(str)),
+            "rollout_role": ("rollout", run["role"].values[rows]),
         },
         attrs={
             "target_layer": target,
-            "default_count": int(default_cells.count_RQ.sum()),
+            "default_count": int(count_R[default].sum()),
             "null_permutations": config.permutations,
             "positive_kind": config.positive_kind,
             "negative_kind": config.negative_kind,
@@ -130,17 +153,21 @@ def open_space(run_folder: Path) -> xr.Dataset:
     return xr.open_zarr(run_folder / SPACE / folder.get(LATEST).decode())
 
 
-def _take(cells: Cells, roles: list[int]) -> Cells:
-    return Cells(mean_RQLD=cells.mean_RQLD[roles], count_RQ=cells.count_RQ[roles])
+def _project(run: xr.Dataset, spaces: list[PersonaSpace]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Positions ``(N, L)`` and scores ``(N, L, K)`` of all rows, in a second pass over the stored shards.
+
+    A pass of its own, since within one graph Dask would hold a layer's activations until its axis is known.
+    """
+    origin_LD, scale_LD, component_LKD = (
+        np.stack([getattr(space, name) for space in spaces]) for name in ("origin_D", "scale_D", "component_KD")
+    )
+    direction_LPD = np.concatenate([scale_LD[:, None], component_LKD], axis=1)
+    x_NLD = run[RESID_POST_MEAN].astype(np.float64) - xr.DataArray(origin_LD, dims=("layer", "hidden"))
+    projected = xr.dot(x_NLD, xr.DataArray(direction_LPD, dims=("layer", "direction", "hidden")), dim="hidden")
+    projected_NLP = projected.transpose("rollout", "layer", "direction").values
+    return projected_NLP[:, :, 0], projected_NLP[:, :, 1:]
 
 
-def _project(run: xr.Dataset, space: PersonaSpace) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Positions ``(N, L)`` and scores ``(N, L, K)`` of all rows, streamed over the stored shards."""
-    activations = run[RESID_POST_MEAN].astype(np.float64) - xr.DataArray(space.role_mean_LD, dims=("layer", "hidden"))
-    scale_L = (space.axis_LD**2).sum(axis=1)
-    axis = xr.DataArray(space.axis_LD / scale_L[:, None], dims=("layer", "hidden"))
-    component = xr.DataArray(space.component_LKD, dims=("layer", "component", "hidden"))
-    both = xr.Dataset(
-        {"position": xr.dot(activations, axis, dim="hidden"), "score": xr.dot(activations, component, dim="hidden")}
-    ).compute()
-    return both["position"].transpose("rollout", "layer").values, both["score"].transpose("rollout", "layer", "component").values
+def _text(values: list[str]) -> NDArray[Any]:
+    """Variable-length strings, the only kind that Zarr v3 stores without a warning."""
+    return np.array(values, dtype=np.dtypes.StringDType())
