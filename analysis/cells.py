@@ -60,7 +60,11 @@ def lazy_cell_sums(run: xr.Dataset, cell_N: NDArray[np.intp], cells: int) -> lis
     x_NLD = run[RESID_POST_MEAN].data
     return [
         flox.groupby_reduce(
-            x_NLD[:, layer, :].astype(np.float64).T, cell_N, func="sum", expected_groups=np.arange(cells), fill_value=0.0
+            x_NLD[:, layer, :].astype(np.float64).T,
+            cell_N,
+            func="sum",
+            expected_groups=np.arange(cells),
+            fill_value=0.0,
         )[0]
         for layer in range(x_NLD.shape[1])
     ]

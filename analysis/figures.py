@@ -3,7 +3,7 @@
 Every figure is complete for the layer it is asked for, on a transparent ground and in the light palette. The report
 refills `x`, `y`, `z`, `marker.color` and the tick labels for another layer and swaps colours by `DARK`; the `meta` of
 a trace says which part of the chart it is. All text from catalogues and models is HTML-escaped here, because Plotly
-reads labels and hovers as a small HTML.
+reads labels and hovers as a small HTML. Shape suffixes: R roles and then default, L layers, C components, N rollouts.
 """
 
 import html
@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 INK, MUTED, GRID = "#1d2327", "#5b6670", "#e3e6e9"
 BLUE, GREEN, PURPLE, VERMILLION, AMBER = "#0072b2", "#009e73", "#b5578a", "#d55e00", "#b98300"  # after Okabe and Ito
 BAND, STRIP, PAPER, MIDDLE = "rgba(110,120,130,0.16)", "rgba(70,80,90,0.38)", "#ffffff", "#c9ced3"
-AWAY_DEEP, TOWARDS_DEEP = "#a34700", "#00507d"
+AWAY_DEEP, TOWARDS_DEEP, CLEAR = "#a34700", "#00507d", "rgba(0,0,0,0)"
 
 DARK: Mapping[str, str] = {
     INK: "#e7eaec", MUTED: "#a5afb8", GRID: "#2c3239", PAPER: "#14171a", MIDDLE: "#5d656d", BLUE: "#56b4e9",
@@ -35,8 +35,8 @@ KIND_STYLES: Mapping[str, tuple[str, str]] = {
     "professional": (BLUE, "circle"), "everyday": (GREEN, "square"), "dramatic": (PURPLE, "diamond"),
     "fantastical": (VERMILLION, "triangle-up"), "abstract": (AMBER, "x"), "unknown": (MUTED, "circle"),
 }  # fmt: skip
+MAP_HOVER = "<b>%{customdata[0]}</b> (%{customdata[1]})<br>position %{customdata[3]:.2f}<br>%{customdata[2]}"
 POSITION_SCALE = [[0.0, AWAY_DEEP], [0.25, VERMILLION], [0.5, MIDDLE], [0.75, BLUE], [1.0, TOWARDS_DEEP]]
-CLEAR = "rgba(0,0,0,0)"
 STRIP_LIMIT = 5000
 """Up to this many rollouts are drawn one by one behind the ranking; beyond it, as quantiles."""
 QUANTILES = (0.05, 0.25, 0.75, 0.95)
@@ -85,13 +85,13 @@ def label(role: str) -> str:
     return html.escape(clip(role, 32), quote=False)
 
 
-def _wrapped(text: str, width: int = 44) -> str:
+def _wrapped(text: str, limit: int) -> str:
     # Wrap before escaping, so that no entity is cut in two.
-    return "<br>".join(html.escape(line, quote=False) for line in textwrap.wrap(text, width))
+    return "<br>".join(html.escape(line, quote=False) for line in textwrap.wrap(clip(text, limit), 44)) + "<br>"
 
 
 def _quoted(response: str | None) -> str:
-    return "" if response is None else f"<br><i>{_wrapped('“' + clip(response) + '”')}</i>"
+    return "" if response is None else f"<i>{_wrapped('“' + clip(response) + '”', 290)}</i>"
 
 
 def plain(values: Floats, digits: int = 4) -> list[float | None]:
@@ -150,13 +150,16 @@ def _variance(space: xr.Dataset) -> Floats:
 def _figure(traces: Sequence[object], *, height: int, **layout: object) -> go.Figure:
     # The stock template weighs 7 kB a figure and fights the page's colours.
     figure = go.Figure(traces, {"template": go.layout.Template(), "height": height, "dragmode": False})
-    figure.update_layout(paper_bgcolor=CLEAR, plot_bgcolor=CLEAR, margin={"l": 48, "r": 16, "t": 28, "b": 44})
-    figure.update_layout(font={"family": "system-ui, sans-serif", "size": 12, "color": INK})
-    figure.update_layout(hoverlabel={"align": "left", "bgcolor": PAPER, "bordercolor": MUTED, "font": {"color": INK}})
-    figure.update_layout(legend={"orientation": "h", "x": 0, "y": 1.04, "yanchor": "bottom"})
     axis = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "automargin": True, "fixedrange": True}
     axis |= {"title": {"font": {"size": 12}}}
-    return figure.update_layout(xaxis=axis, yaxis=axis).update_layout(**layout)
+    return figure.update_layout(
+        {"paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR, "xaxis": axis, "yaxis": axis},
+        margin={"l": 48, "r": 16, "t": 28, "b": 44},
+        font={"family": "system-ui, sans-serif", "size": 12, "color": INK},
+        hoverlabel={"align": "left", "bgcolor": PAPER, "bordercolor": MUTED, "font": {"color": INK}},
+        legend={"orientation": "h", "x": 0, "y": 1.04, "yanchor": "bottom"},
+        modebar={"bgcolor": CLEAR, "color": MUTED, "activecolor": INK},
+    ).update_layout(layout)
 
 
 def _line(x: Sequence[object], y: Sequence[object], colour: str, width: float, **more: object) -> go.Scatter:
@@ -173,42 +176,37 @@ def persona_map(
     kinds = [str(kind) for kind in space["role_kind"].values]
     cards: list[list[object]] = []
     for row, (role, kind) in enumerate(zip(space["role"].values, kinds, strict=True)):
-        about = _wrapped(clip(str(space["role_description"].values[row]), 140)) + _quoted(responses.get(str(role)))
+        about = _wrapped(str(space["role_description"].values[row]), 140) + _quoted(responses.get(str(role)))
         count = f"{kind}, {int(space['role_count'].values[row])} rollouts"
-        cards.append([label(str(role)), label(count), about, round(float(position_R[row]), 3)])
-    own_card = ["default", f"{space.attrs['default_count']} rollouts", _quoted(responses.get("default"))[4:], 1]
-
+        cards.append([label(str(role)), label(count), about, round(float(position_R[row]), 3), row])
+    own_card = ["default", f"{space.attrs['default_count']} rollouts", _quoted(responses.get("default")), 1, len(kinds)]
     span = round(float(np.nanmax(np.abs(position_R), initial=0.1)), 2)
-    colour = {"color": plain(position_R), "colorscale": POSITION_SCALE, "cmin": -span, "cmax": span}
     title = {"text": "position (0 mean role, 1 default)", "side": "top", "font": {"size": 12}}
     bar = {"orientation": "h", "thickness": 8, "lenmode": "pixels", "len": 230, "nticks": 5, "outlinewidth": 0}
     bar |= {"title": title, "x": 1, "xanchor": "right", "y": 1.01, "yanchor": "bottom"}
     styles = kind_styles(kinds)
     # 3-D charts know few of the symbols, so there the kinds share one.
     symbol = [styles[kind][1] for kind in kinds] if flat else "circle"
-    marker = colour | {"colorbar": bar, "size": 11 if flat else 6, "symbol": symbol}
-    own_marker = {"color": INK, "symbol": "star" if flat else "diamond", "size": 19 if flat else 9}
-    hover = "<b>%{customdata[0]}</b> (%{customdata[1]})<br>position %{customdata[3]:.2f}<br>%{customdata[2]}"
-    common: dict[str, object] = {"mode": "markers+text", "hovertemplate": hover + "<extra></extra>"}
-    common |= {"textposition": "top center", "textfont": {"size": 11}}
-    trace = go.Scatter if flat else go.Scatter3d
+    marker = {"color": plain(position_R), "colorscale": POSITION_SCALE, "cmin": -span, "cmax": span, "colorbar": bar}
+    marker |= {"symbol": symbol, "size": 11 if flat else 6, "line": {"width": 1, "color": INK if flat else MUTED}}
+    own_marker: dict[str, object] = {"color": INK, "line": {"width": 1.5, "color": PAPER}}
+    own_marker |= {"symbol": "star", "size": 19} if flat else {"symbol": "diamond", "size": 9}
+    common: dict[str, object] = {"mode": "markers+text", "textposition": "top center", "textfont": {"size": 11}}
+    common["hovertemplate"] = MAP_HOVER + "<extra></extra>"
     traces = []
-    for part, chosen, style, data in (
-        ("roles", slice(-1), marker | {"line": {"width": 1, "color": INK if flat else MUTED}}, cards),
-        ("default", slice(-1, None), own_marker | {"line": {"width": 1.5, "color": PAPER}}, [own_card]),
-    ):
-        place = {key: plain(score_CR[c, chosen]) for key, c in zip("xyz", components, strict=False)}
-        text = [str(card[0]) for card in data]
-        traces.append(trace(**place, **common, marker=style, customdata=data, text=text, meta={"part": part}))
-
-    titles = [{"text": component_title(space, layer, c)} for c in components]
+    parts = (("roles", slice(-1), marker, cards), ("default", slice(-1, None), own_marker, [own_card]))
+    for part, chosen, style, data in parts:
+        place: dict[str, object] = {key: plain(score_CR[c, chosen]) for key, c in zip("xyz", components, strict=False)}
+        place |= {"text": [str(card[0]) for card in data], "customdata": data, "meta": {"part": part}}
+        traces.append((go.Scatter if flat else go.Scatter3d)(**place, **common, marker=style))
+    titles = zip("xyz", [{"text": component_title(space, layer, c)} for c in components], strict=False)
     if flat:
         free = {"zeroline": False, "fixedrange": False}
-        axes = {f"{key}axis": free | {"title": title} for key, title in zip("xy", titles, strict=True)}
+        axes = {f"{key}axis": free | {"title": title} for key, title in titles}
         return _figure(traces, height=600, showlegend=False, dragmode="zoom", margin_t=30, **axes)
     grid = {"gridcolor": MUTED, "zerolinecolor": MUTED, "color": INK, "showbackground": False}
-    scene = {f"{key}axis": grid | {"title": title} for key, title in zip("xyz", titles, strict=True)}
-    scene["camera"] = {"eye": {"x": 1.5, "y": -1.5, "z": 0.7}}
+    scene: dict[str, object] = {f"{key}axis": grid | {"title": title} for key, title in titles}
+    scene |= {"aspectmode": "cube", "camera": {"eye": {"x": 1.3, "y": -1.5, "z": 0.6}, "center": {"z": -0.12}}}
     return _figure(traces, height=600, showlegend=False, scene=scene, margin={"l": 0, "r": 0, "t": 30, "b": 0})
 
 
@@ -219,9 +217,10 @@ def ranking(space: xr.Dataset, layer: int) -> go.Figure:
     order = [*np.argsort(position_R[:n], kind="stable").tolist(), n]
     height_R = np.argsort(order)
     names = [label(str(role)) for role in space["role"].values] + ["<b>default</b>"]
+    y = np.repeat(height_R, 3).tolist()  # start, end and gap of each row's line
     # Lines of reference are traces, because Plotly draws a shape behind the grid.
-    rule = {"showlegend": False, "meta": {"part": "rule"}}
-    traces = [_line([x, x], [-0.8, n + 0.8], MUTED, 1, dash=dash, **rule) for x, dash in ((0, "solid"), (1, "dot"))]
+    more = {"showlegend": False, "meta": {"part": "rule"}}
+    traces = [_line([x, x], [-0.8, n + 0.8], MUTED, 1, dash=dash, **more) for x, dash in ((0, "solid"), (1, "dot"))]
     if space.sizes["rollout"] <= STRIP_LIMIT:
         rows = rollout_rows(space)
         x = plain(space["rollout_position"].isel(layer=at).values[rows >= 0], 3)
@@ -229,32 +228,26 @@ def ranking(space: xr.Dataset, layer: int) -> go.Figure:
         strip = {"x": x, "y": height_R[rows[rows >= 0]].tolist(), "marker": tick, "mode": "markers"}
         traces.append(go.Scatter(**strip, hoverinfo="skip", name="one rollout", meta={"part": "strip"}))
     else:
-        quantiles_RQ = rollout_quantiles(space)[at]
+        quantiles_RQ = np.pad(rollout_quantiles(space)[at], ((0, 0), (0, 1)), constant_values=np.nan)
         for low, high, width, name in ((0, 3, 2, "5 to 95% of rollouts"), (1, 2, 7, "25 to 75% of rollouts")):
-            x, y = _segments(quantiles_RQ[:, low], quantiles_RQ[:, high], height_R)
+            x = plain(quantiles_RQ[:, [low, high, -1]].ravel())
             traces.append(_line(x, y, STRIP, width, name=name, meta={"part": "band", "band": [low, high]}))
-    x, y = _segments(np.zeros(n), position_R[:n], height_R[:n])
-    traces.append(_line(x, y, MIDDLE, 1.5, showlegend=False, meta={"part": "stem"}))
+    x = plain(np.stack([np.zeros(n), position_R[:n], np.full(n, np.nan)], axis=1).ravel())
+    traces.append(_line(x, y[: 3 * n], MIDDLE, 1.5, showlegend=False, meta={"part": "stem"}))
     kinds = space["role_kind"].values.astype(str)
     groups = [(label(k), *style, np.flatnonzero(kinds == k)) for k, style in kind_styles(list(kinds)).items()]
     for name, colour, symbol, members in [*groups, ("default", INK, "star", np.array([n]))]:
         marker = {"color": colour, "symbol": symbol, "size": 15 if symbol == "star" else 10, "line": {"color": PAPER}}
         dots = {"x": plain(position_R[members]), "y": height_R[members].tolist(), "mode": "markers"}
         dots |= {"customdata": [names[row] for row in members], "meta": {"part": "dot", "roles": members.tolist()}}
-        hover = f"%{{customdata}}, {name}: %{{x:.2f}}<extra></extra>".replace("default, default", "default")
-        traces.append(go.Scatter(**dots, marker=marker, name=name, hovertemplate=hover))
+        dots["hovertemplate"] = "%{customdata}: %{x:.2f}<extra>" + name + "</extra>"
+        traces.append(go.Scatter(**dots, marker=marker, name=name))
     yaxis = {"tickvals": list(range(n + 1)), "ticktext": [names[row] for row in order], "range": [-0.8, n + 0.8]}
-    margin = {"l": 60, "r": 16, "t": 56, "b": 12}
-    figure = _figure(traces, height=80 + (22 if n <= 60 else 16) * (n + 2), yaxis=yaxis, margin=margin)
+    height = 80 + (22 if n <= 60 else 16) * (n + 2)
+    figure = _figure(traces, height=height, yaxis=yaxis, margin={"l": 60, "t": 56, "b": 12})
     for value, text in ((0, "mean role"), (1, "default")):
         figure.add_annotation(x=value, y=1, yref="paper", yanchor="bottom", yshift=20, text=text, showarrow=False)
     return figure.update_layout(xaxis={"side": "top", "zeroline": False}, yaxis={"showgrid": False, "zeroline": False})
-
-
-def _segments(low: Floats, high: Floats, y: NDArray[np.int64]) -> tuple[list[float | None], list[float | None]]:
-    gaps = [None] * len(low)
-    x = zip(plain(low), plain(high), gaps, strict=True)
-    return list(itertools.chain(*x)), list(itertools.chain(*zip(y.tolist(), y.tolist(), gaps, strict=True)))
 
 
 def evidence(space: xr.Dataset, measure: Measure) -> go.Figure | None:
@@ -275,21 +268,22 @@ def evidence(space: xr.Dataset, measure: Measure) -> go.Figure | None:
 
 
 def _per_layer(space: xr.Dataset, traces: list[go.Scatter], low: float, high: float, **yaxis: object) -> go.Figure:
-    target, layers = int(space.attrs["target_layer"]), space["layer"].values
-    side = "left" if target > layers.mean() else "right"  # away from the edge of the chart
+    target = int(space.attrs["target_layer"])
+    side = "left" if target > space["layer"].values.mean() else "right"  # away from the edge of the chart
     note = {"mode": "lines+text", "text": ["", f" target {target} ", ""], "textposition": f"middle {side}"}
     y = [low, low + 0.03 * (high - low), high]
     traces.append(_line([target] * 3, y, MUTED, 1, textfont={"color": MUTED}, showlegend=False, **note))
-    xaxis, yaxis = {"title": {"text": "layer"}}, {"range": [low, high], "zeroline": False} | yaxis
+    xaxis = {"title": {"text": "layer"}, "unifiedhovertitle": {"text": "layer %{x}"}}
+    yaxis = {"range": [low, high], "zeroline": False} | yaxis
     return _figure(traces, height=290, hovermode="x unified", xaxis=xaxis, yaxis=yaxis)
 
 
 def scree(space: xr.Dataset, layer: int) -> go.Figure:
     """Explained variance of each component at one layer."""
     ratio_C = _variance(space)[layer_index(space, layer)]
-    bars = {"x": list(range(1, len(ratio_C) + 1)), "y": plain(ratio_C), "marker": {"color": BLUE}}
+    bar = go.Bar(x=list(range(1, len(ratio_C) + 1)), y=plain(ratio_C), marker={"color": BLUE})
+    bar.hovertemplate = "PC%{x}: %{y:.1%}<extra></extra>"
     xaxis, yaxis = {"title": {"text": "component"}, "dtick": 1}, {"tickformat": ".0%", "rangemode": "tozero"}
-    bar = go.Bar(**bars, hovertemplate="PC%{x}: %{y:.1%}<extra></extra>")
     return _figure([bar], height=290, xaxis=xaxis, yaxis=yaxis)
 
 
@@ -300,8 +294,6 @@ def cumulative_variance(space: xr.Dataset) -> go.Figure:
     shown |= {"hoverinfo": None, "hovertemplate": "%{y:.1%}"}
     traces = []
     for count in (c for c in (1, 2, 3, 5, 10) if c <= total_LC.shape[1]):
-        text, name = [""] * (len(layers) - 1) + [str(count)], f"first {count}"
-        y = plain(total_LC[:, count - 1])
-        traces.append(_line(layers, y, BLUE, 1 + 1.5 / count, text=text, name=name, **shown))
-    high = 1.06 * float(total_LC.max())
-    return _per_layer(space, traces, 0, high, tickformat=".0%").update_layout(margin_r=28)
+        y, text = plain(total_LC[:, count - 1]), [""] * (len(layers) - 1) + [str(count)]
+        traces.append(_line(layers, y, BLUE, 1 + 1.5 / count, text=text, name=f"first {count}", **shown))
+    return _per_layer(space, traces, 0, 1.06 * float(total_LC.max()), tickformat=".0%").update_layout(margin_r=28)

@@ -100,7 +100,10 @@ def compute_space(run_folder: Path, config: AnalysisConfig) -> xr.Dataset:
                 np.einsum("rld,lkd->rlk", centred_RLD, stacked["component_KD"]),
             ),
             # default - origin is the axis itself.
-            "default_score": (("layer", "component"), np.einsum("ld,lkd->lk", stacked["axis_D"], stacked["component_KD"])),
+            "default_score": (
+                ("layer", "component"),
+                np.einsum("ld,lkd->lk", stacked["axis_D"], stacked["component_KD"]),
+            ),
             "role_position": (
                 ("role", "layer"),
                 np.einsum("rld,ld->rl", centred_RLD, np.stack([space.scale_D for space in spaces])),
@@ -128,7 +131,7 @@ def compute_space(run_folder: Path, config: AnalysisConfig) -> xr.Dataset:
             "fitted": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
     )
-    return dataset.astype({name: np.float32 for name in dataset.data_vars})
+    return dataset.astype(dict.fromkeys(dataset.data_vars, np.float32))
 
 
 def save_space(run_folder: Path, space: xr.Dataset) -> None:
@@ -150,7 +153,10 @@ def open_space(run_folder: Path) -> xr.Dataset:
     folder = LocalFolder(run_folder)
     if not folder.exists(LATEST):
         raise InputError(f"{run_folder}: no persona space yet; run `fit` first.")
-    return xr.open_zarr(run_folder / SPACE / folder.get(LATEST).decode())
+    space = xr.open_zarr(run_folder / SPACE / folder.get(LATEST).decode())
+    # Much of NumPy does not take the variable-length strings that Zarr reads.
+    texts = {name: space[name].astype(object).astype(str) for name in space.coords if space[name].dtype.kind == "T"}
+    return space.assign_coords(texts)
 
 
 def _project(run: xr.Dataset, spaces: list[PersonaSpace]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -27,7 +27,8 @@ def publish_report(run_folder: Path) -> Path:
     manifest = read_manifest(folder)
     assert manifest is not None
     rollouts = read_rollouts(
-        folder, columns=["row", "rollout_id", "role", "question", "messages", "response", "response_token_ids", "dropped"]
+        folder,
+        columns=["row", "rollout_id", "role", "question", "messages", "response", "response_token_ids", "dropped"],
     )
     counts = {name: int((run["status"].values == code).sum()) for code, name in enumerate(STATUS)}
     page = render_report(

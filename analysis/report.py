@@ -180,8 +180,8 @@ def _finding(space: xr.Dataset, measure: Measure, target: int) -> Finding:
 
 
 def _missing(space: xr.Dataset, measure: Measure) -> str:
-    wanted = {str(space.attrs["positive_kind"]), str(space.attrs["negative_kind"])}
-    absent = sorted(wanted - set(space["role_kind"].values.astype(str).tolist()))
+    kinds = set(space["role_kind"].values.astype(str).tolist())
+    absent = [kind for key in ("positive_kind", "negative_kind") if (kind := str(space.attrs[key])) not in kinds]
     if measure.name == "auc" and absent:
         return f"the catalogue has no roles of the kind {' or '.join(absent)}"
     if measure.name == "cos_axis_pc1":

@@ -51,7 +51,9 @@ def check_stages(job: Job, cluster: ClusterConfig) -> list[int]:
     try:
         return job.layout.stage_boundaries(cluster.stages)
     except ValueError as error:
-        raise InputError(f"cluster.stages: {error}. Use fewer stages, or a new run with a smaller layer_group.") from error
+        raise InputError(
+            f"cluster.stages: {error}. Use fewer stages, or a new run with a smaller layer_group."
+        ) from error
 
 
 def extract(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> None:
@@ -73,7 +75,10 @@ def extract(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> N
             commit_coordinates(job, fence, unit, load_window(job, (unit,)).tokens)
     unfinished = [window for window in job.windows if any(missing_groups(job, done, unit) for unit in window)]
     waiting = sum(
-        len(job.layout.unit_row_range(unit)) for window in unfinished for unit in window if missing_groups(job, done, unit)
+        len(job.layout.unit_row_range(unit))
+        for window in unfinished
+        for unit in window
+        if missing_groups(job, done, unit)
     )
     report(StepStarted(step="extract", rows=job.layout.rows, rows_done=job.layout.rows - waiting))
     if unfinished:
@@ -82,7 +87,7 @@ def extract(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> N
         report(
             Note(
                 text=f"extract: {replicas} replica(s) of {cluster.stages} stage(s), layers cut at {boundaries}, "
-                f"{workers.cpus} CPUs each, on {workers.device}"
+                f"{workers.threads} thread(s) each, on {workers.device}"
             )
         )
         Extraction(job, fence, cluster, workers, boundaries, deque(unfinished), replicas, report).run()
@@ -142,7 +147,8 @@ class Extraction:
         self._committed = committed_slots(job.folder)
         self._work: dict[int, WindowWork] = {}
         self._replicas = [
-            [StageActor.options(**workers.options()).remote(spec) for spec in self._specs(workers)] for _ in range(replicas)
+            [StageActor.options(**workers.options()).remote(spec) for spec in self._specs(workers)]
+            for _ in range(replicas)
         ]
         in_flight = cluster.in_flight or 2 * cluster.stages
         self._schedules = [ReplicaSchedule(self._next_window, in_flight) for _ in range(replicas)]
@@ -182,7 +188,7 @@ class Extraction:
                 precision=job.store.precision,
                 fence=self._fence,
                 device=workers.device,
-                threads=workers.cpus,
+                threads=workers.threads,
             )
             for first, stop in zip(self._boundaries, self._boundaries[1:], strict=False)
         ]
@@ -218,16 +224,16 @@ class Extraction:
 
     def _commit_window(self, index: int, window: int) -> None:
         work = self._work[window]
-        for actor, first, stop in zip(
-            self._replicas[index], self._boundaries, self._boundaries[1:], strict=False
-        ):
+        for actor, first, stop in zip(self._replicas[index], self._boundaries, self._boundaries[1:], strict=False):
             size = self._job.layout.layer_group
             own = range(first // size, -(-stop // size))
             units = [
                 UnitShards(
                     unit=unit,
                     groups=tuple(g for g in missing_groups(self._job, self._committed, unit) if g in own),
-                    dropped={row: work.dropped[row] for row in self._job.layout.unit_row_range(unit) if row in work.dropped},
+                    dropped={
+                        row: work.dropped[row] for row in self._job.layout.unit_row_range(unit) if row in work.dropped
+                    },
                 )
                 for unit in work.units
             ]

@@ -61,10 +61,10 @@ def _sample(job: Job, fence: Fence, cluster: ClusterConfig, missing: set[int], r
     batches = [batch for batch in job.generation_batches if missing & set(batch)]
     count = min(cluster.generators, len(batches))
     workers = share(cluster, count)
-    report(Note(text=f"generate: {count} generator(s), {workers.cpus} CPUs each, on {workers.device}"))
+    report(Note(text=f"generate: {count} generator(s), {workers.threads} thread(s) each, on {workers.device}"))
     actors = [
         Generator.options(**workers.options()).remote(
-            job.checkpoint, job.model, job.generate, fence, workers.device, workers.cpus
+            job.checkpoint, job.model, job.generate, fence, workers.device, workers.threads
         )
         for _ in range(count)
     ]

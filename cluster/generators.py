@@ -50,7 +50,13 @@ class Generator:
     """Holds one model replica and turns units into committed rollouts."""
 
     def __init__(
-        self, checkpoint: Checkpoint, model: ModelConfig, config: GenerateConfig, fence: Fence, device: str, threads: int
+        self,
+        checkpoint: Checkpoint,
+        model: ModelConfig,
+        config: GenerateConfig,
+        fence: Fence,
+        device: str,
+        threads: int,
     ) -> None:
         torch.set_num_threads(threads)
         self._checkpoint = checkpoint

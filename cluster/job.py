@@ -131,7 +131,9 @@ def _plan(personas: PersonasConfig, generate: GenerateConfig, checkpoint: Checkp
         return plan_personas(personas, model_name=checkpoint.name, generation=generation)
     folder = Path(generate.responses).expanduser()
     if not folder.is_dir():
-        raise InputError(f"generate.responses: {generate.responses} is no folder; give one that holds ROLE.jsonl files.")
+        raise InputError(
+            f"generate.responses: {generate.responses} is no folder; give one that holds ROLE.jsonl files."
+        )
     if personas != PersonasConfig():
         changed = [name for name, value in asdict(personas).items() if value != getattr(PersonasConfig(), name)]
         raise InputError(
@@ -141,7 +143,9 @@ def _plan(personas: PersonasConfig, generate: GenerateConfig, checkpoint: Checkp
     plan = plan_imported(folder)
     counts = Counter(plan.roles[row.role_id].id for row in plan.rows)
     if DEFAULT_ROLE not in counts or len(counts) < 2:
-        raise InputError(f"generate.responses: {folder} holds {sorted(counts)}; `default` and at least one role needed.")
+        raise InputError(
+            f"generate.responses: {folder} holds {sorted(counts)}; `default` and at least one role needed."
+        )
     return plan
 
 

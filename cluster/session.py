@@ -30,9 +30,13 @@ class Workers:
 
     device: str
     """`cpu` or `cuda`."""
-    cpus: int
-    """CPUs and threads of one actor."""
+    cpus: float
+    """CPUs of one actor, as Ray counts them; less than one where there are more actors than CPUs."""
     gpus: int
+
+    @property
+    def threads(self) -> int:
+        return max(1, int(self.cpus))
 
     def options(self) -> dict[str, Any]:
         """Ray options of one actor."""
@@ -70,10 +74,13 @@ def ray_cluster(config: ClusterConfig) -> Iterator[None]:
     # Ray's own banner and usage note drown the lines that matter.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     local: dict[str, Any] = {"include_dashboard": False} if address is None else {}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **local)
     except ConnectionError as error:
         raise InputError(f"cluster.address: no Ray cluster answers at {address}: {error}") from error
+    # A cluster's head takes SIGTERM for itself and would end this process without its orderly end.
+    signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield
     finally:
@@ -83,14 +90,16 @@ def ray_cluster(config: ClusterConfig) -> Iterator[None]:
 def share(config: ClusterConfig, actors: int) -> Workers:
     """Divide the cluster among ``actors``. Raises InputError if there are not enough GPUs."""
     resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+    if not cpus:
+        raise InputError("cluster: it has no CPUs for actors; start its nodes with --num-cpus.")
     device = config.device if config.device != "auto" else ("cuda" if gpus else "cpu")
     if device == "cuda" and gpus < actors:
         raise InputError(
             f"cluster: {actors} actors need a GPU each, and the cluster has {gpus}. Lower cluster.generators, "
             "or cluster.stages times cluster.replicas, or set cluster.device to cpu."
         )
-    return Workers(device=device, cpus=max(1, cpus // actors), gpus=1 if device == "cuda" else 0)
+    return Workers(device=device, cpus=cpus // actors or cpus / actors, gpus=1 if device == "cuda" else 0)
 
 
 @contextmanager

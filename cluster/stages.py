@@ -57,9 +57,7 @@ class StageActor:
         torch.set_num_threads(spec.threads)
         self._spec = spec
         self._name = f"stage of layers {spec.first} to {spec.stop - 1}"
-        self._stage = Stage(
-            spec.checkpoint, first=spec.first, stop=spec.stop, dtype=spec.dtype, device=spec.device
-        )
+        self._stage = Stage(spec.checkpoint, first=spec.first, stop=spec.stop, dtype=spec.dtype, device=spec.device)
         self._windows: dict[int, WindowBuffer] = {}
 
     @ray.method(num_returns=2)

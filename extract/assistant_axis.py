@@ -79,7 +79,9 @@ def _read_prompts(file: Path) -> tuple[str, ...]:
         raise InputError(f"{file}: not valid JSON: {error}") from error
     instructions = entry.get("instruction") if isinstance(entry, dict) else None
     if not isinstance(instructions, list) or not instructions:
-        raise InputError(f'{file}: needs `instruction`, a list of {{"pos": "system prompt"}}; keys are {sorted(entry)}.')
+        raise InputError(
+            f'{file}: needs `instruction`, a list of {{"pos": "system prompt"}}; keys are {sorted(entry)}.'
+        )
     prompts = [item.get("pos") if isinstance(item, dict) else None for item in instructions]
     if not all(isinstance(prompt, str) for prompt in prompts):
         raise InputError(f"{file}: every entry of `instruction` needs a text under `pos`.")

@@ -146,7 +146,12 @@ def plan_imported(folder: Path) -> PersonaPlan:
     _refuse_duplicates([row.rollout_id for row in rows], f"generate.responses: {folder}", "rollout")
     return PersonaPlan(
         roles=tuple(
-            Role(id=name, kind="unknown", description="", prompts=tuple(text for _, text in sorted(prompts[name].items())))
+            Role(
+                id=name,
+                kind="unknown",
+                description="",
+                prompts=tuple(text for _, text in sorted(prompts[name].items())),
+            )
             for name in names
         ),
         questions=tuple(Question(id=f"aa{number}", category="unknown", text=texts[number]) for number in questions),
@@ -234,7 +239,9 @@ def _parse_roles(text: str, where: str) -> list[Role]:
     for entry in _entries(text, where, "roles", {"id": str, "kind": str, "description": str, "prompts": list}):
         prompts = entry["prompts"]
         if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise InputError(f"{where}: role {entry['id']!r}: prompts is {prompts!r}; give a list of at least one text.")
+            raise InputError(
+                f"{where}: role {entry['id']!r}: prompts is {prompts!r}; give a list of at least one text."
+            )
         roles.append(Role(id=entry["id"], kind=entry["kind"], description=entry["description"], prompts=tuple(prompts)))
     return roles
 

@@ -33,7 +33,7 @@ def locate_response(chat: ChatFormat, messages: Sequence[Message], response: str
         raise UnstableBoundaryError("a token straddles the boundary between response and template")
     if ids[:first] != chat.encode_text(full_text[:start]):
         raise UnstableBoundaryError("the prompt's tokens change once the response follows")
-    return ids[:first], ids[first:max(first, last)]
+    return ids[:first], ids[first : max(first, last)]
 
 
 def _response_start(full_text: str, prompt_end: int, response: str) -> int:

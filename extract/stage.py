@@ -61,9 +61,7 @@ class Stage:
         ``received_BTD`` is the previous stage's ``hidden_BTD``; the first stage embeds token ids instead.
         """
         rows, length = len(batch.rows), batch.padded_length
-        self._means = SpanMeans(
-            self.stop - self.first, span_weights(batch.spans, length, self.device), self._hidden
-        )
+        self._means = SpanMeans(self.stop - self.first, span_weights(batch.spans, length, self.device), self._hidden)
         # Right padding needs no mask under causal attention, and without one the fused causal kernels run.
         if received_BTD is None:
             ids_BT = torch.zeros((rows, length), dtype=torch.long)

@@ -63,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, description in STEPS.items():
         # The flags' help comes from the config itself, so argparse must not answer --help here.
         command = commands.add_parser(name, help=description, add_help=False, allow_abbrev=False)
-        command.add_argument("target", nargs="?", metavar="CONFIG", help="YAML file; every setting in it is also a flag")
+        command.add_argument(
+            "target", nargs="?", metavar="CONFIG", help="YAML file; every setting in it is also a flag"
+        )
         command.add_argument("-h", "--help", action="store_true")
     status = commands.add_parser("status", help="how far a run is, and who writes it")
     status.add_argument("target", metavar="RUN", help="folder of a run, such as runs/demo, or its config file")
@@ -108,8 +110,10 @@ def _run(config: RunConfig, steps: Sequence[str]) -> None:
         if "fit" in steps:
             space = fit(job.folder.path, config.analysis)
             layer = space.sel(layer=space.attrs["target_layer"])
-            print(f"fit: {space.sizes['role']} roles, |cos(axis, PC1)| {float(layer['cos_axis_pc1']):.2f} at layer "
-                  f"{int(layer['layer'])}")
+            print(
+                f"fit: {space.sizes['role']} roles, |cos(axis, PC1)| {float(layer['cos_axis_pc1']):.2f} at layer "
+                f"{int(layer['layer'])}"
+            )
         if "report" in steps:
             print(f"report: {publish_report(job.folder.path)}")
 

@@ -53,7 +53,9 @@ def load_config(file: Path, flags: Sequence[str] = (), *, prog: str = "personasp
 
 def print_flags(prog: str) -> None:
     """Print the help text of all flags, with the defaults of a config that only names a model; does not return."""
-    tyro.cli(RunConfig, prog=prog, default=RunConfig(model=ModelConfig(id="HUGGING_FACE_ID_OR_FOLDER")), args=["--help"])
+    tyro.cli(
+        RunConfig, prog=prog, default=RunConfig(model=ModelConfig(id="HUGGING_FACE_ID_OR_FOLDER")), args=["--help"]
+    )
 
 
 def _check(document: dict[str, Any], where: str) -> RunConfig:

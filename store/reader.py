@@ -89,4 +89,6 @@ class CommittedArray:
         values = np.asarray(array[index], dtype=np.float32)
         if visible.all():
             return values
-        return np.where(visible.reshape(visible.shape + (1,) * (values.ndim - visible.ndim)), values, np.float32(np.nan))
+        return np.where(
+            visible.reshape(visible.shape + (1,) * (values.ndim - visible.ndim)), values, np.float32(np.nan)
+        )

@@ -83,7 +83,9 @@ def decode_rollouts(data: bytes) -> pa.Table:
     return table
 
 
-def read_rollouts(folder: LocalFolder, units: Iterable[int] | None = None, columns: list[str] | None = None) -> pa.Table:
+def read_rollouts(
+    folder: LocalFolder, units: Iterable[int] | None = None, columns: list[str] | None = None
+) -> pa.Table:
     """Committed rollouts: all of them in row order, or those of ``units`` in their order; all columns, or some."""
     if units is None:
         records = [record for _, record in sorted(read_records(folder, ROLLOUTS).items())]

@@ -95,7 +95,9 @@ def round_mantissa(values: NDArray[np.float32], precision: Precision) -> NDArray
     if precision == "lossless":
         return values
     codec = numcodecs.BitRound(keepbits=int(precision))
-    rounded: NDArray[np.float32] = codec.decode(codec.encode(values.astype(np.float32, copy=True))).reshape(values.shape)
+    rounded: NDArray[np.float32] = codec.decode(codec.encode(values.astype(np.float32, copy=True))).reshape(
+        values.shape
+    )
     # BitRound carries into the exponent and turns some NaN payloads into infinities.
     return np.where(np.isfinite(values), rounded, values)
 

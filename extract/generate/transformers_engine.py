@@ -39,7 +39,9 @@ class TransformersEngine:
         )
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: GenerateConfig) -> list[Response]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: GenerateConfig
+    ) -> list[Response]:
         """Sample one response per prompt (token ids), each with its own seed."""
         length = max(len(prompt) for prompt in prompts)
         ids_BT = torch.zeros((len(prompts), length), dtype=torch.long)
@@ -47,9 +49,7 @@ class TransformersEngine:
         for row, prompt in enumerate(prompts):
             ids_BT[row, length - len(prompt) :] = torch.tensor(prompt)
             mask_BT[row, length - len(prompt) :] = 1
-        sampler = GumbelTopP(
-            list(seeds), temperature=config.temperature, top_p=config.top_p, prompt_length=length
-        )
+        sampler = GumbelTopP(list(seeds), temperature=config.temperature, top_p=config.top_p, prompt_length=length)
         stops = self._chat.stop_strings
         generated_BT = self._model.generate(
             input_ids=ids_BT.to(self._device),
