@@ -104,7 +104,8 @@ def _permuted_positions(
     place_RQ: NDArray[np.float64], permutations: int, generator: np.random.Generator
 ) -> NDArray[np.float64]:
     """Role positions ``(P, R)`` after permuting the roles within each question."""
-    dealt_PRQ = _permutations(*place_RQ.shape, permutations, generator)
+    roles, questions = place_RQ.shape
+    dealt_PRQ = _permutations(roles, questions, permutations, generator)
     positions_PR: NDArray[np.float64] = np.nanmean(np.take_along_axis(place_RQ[None], dealt_PRQ, axis=1), axis=2)
     return positions_PR
 

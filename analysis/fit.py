@@ -156,7 +156,8 @@ def open_space(run_folder: Path) -> xr.Dataset:
     space = xr.open_zarr(run_folder / SPACE / folder.get(LATEST).decode())
     # Much of NumPy does not take the variable-length strings that Zarr reads.
     texts = {name: space[name].astype(object).astype(str) for name in space.coords if space[name].dtype.kind == "T"}
-    return space.assign_coords(texts)
+    opened: xr.Dataset = space.assign_coords(texts)
+    return opened
 
 
 def _project(run: xr.Dataset, spaces: list[PersonaSpace]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

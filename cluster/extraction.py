@@ -1,10 +1,11 @@
 """The extract step: streams windows of rollouts through replicas of stage actors until every shard is committed."""
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import ray
 
@@ -147,7 +148,7 @@ class Extraction:
         self._committed = committed_slots(job.folder)
         self._work: dict[int, WindowWork] = {}
         self._replicas = [
-            [StageActor.options(**workers.options()).remote(spec) for spec in self._specs(workers)]
+            [cast(Any, StageActor).options(**workers.options()).remote(spec) for spec in self._specs(workers)]
             for _ in range(replicas)
         ]
         in_flight = cluster.in_flight or 2 * cluster.stages
@@ -223,17 +224,14 @@ class Extraction:
             self._commit_window(index, window)
 
     def _commit_window(self, index: int, window: int) -> None:
-        work = self._work[window]
+        work, layout = self._work[window], self._job.layout
         for actor, first, stop in zip(self._replicas[index], self._boundaries, self._boundaries[1:], strict=False):
-            size = self._job.layout.layer_group
-            own = range(first // size, -(-stop // size))
+            own = range(first // layout.layer_group, math.ceil(stop / layout.layer_group))
             units = [
                 UnitShards(
                     unit=unit,
                     groups=tuple(g for g in missing_groups(self._job, self._committed, unit) if g in own),
-                    dropped={
-                        row: work.dropped[row] for row in self._job.layout.unit_row_range(unit) if row in work.dropped
-                    },
+                    dropped={row: why for row, why in work.dropped.items() if row in layout.unit_row_range(unit)},
                 )
                 for unit in work.units
             ]

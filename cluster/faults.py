@@ -11,7 +11,7 @@ from personaspace.store.errors import PersonaspaceError, WorkerError
 
 @contextmanager
 def explain(what: str, rollout_ids: Sequence[str]) -> Iterator[None]:
-    """Inside a worker: turn any error into a WorkerError that names the rollouts. Errors for the user pass as they are."""
+    """In a worker: turn any error into a WorkerError that names the rollouts. Errors for the user pass as they are."""
     try:
         yield
     except PersonaspaceError:

@@ -1,7 +1,7 @@
 """The generate step: hands batches of units to generator actors until every unit's rollouts are committed."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import ray
 
@@ -63,9 +63,9 @@ def _sample(job: Job, fence: Fence, cluster: ClusterConfig, missing: set[int], r
     workers = share(cluster, count)
     report(Note(text=f"generate: {count} generator(s), {workers.threads} thread(s) each, on {workers.device}"))
     actors = [
-        Generator.options(**workers.options()).remote(
-            job.checkpoint, job.model, job.generate, fence, workers.device, workers.threads
-        )
+        cast(Any, Generator)
+        .options(**workers.options())
+        .remote(job.checkpoint, job.model, job.generate, fence, workers.device, workers.threads)
         for _ in range(count)
     ]
     running: dict[Any, Any] = {}

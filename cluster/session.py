@@ -1,5 +1,6 @@
 """A driver's session: the run's lease, its manifest, the Ray cluster, and an orderly end whatever happens."""
 
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -76,7 +77,7 @@ def ray_cluster(config: ClusterConfig) -> Iterator[None]:
     local: dict[str, Any] = {"include_dashboard": False} if address is None else {}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **local)
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
     except ConnectionError as error:
         raise InputError(f"cluster.address: no Ray cluster answers at {address}: {error}") from error
     # A cluster's head takes SIGTERM for itself and would end this process without its orderly end.

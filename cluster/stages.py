@@ -64,7 +64,7 @@ class StageActor:
     def forward(
         self, window: int, batch: MicroBatch, rollout_ids: Sequence[str], received: NDArray[Any] | None
     ) -> tuple[NDArray[Any] | None, int]:
-        """Run one micro-batch; keep its span means for ``window``. Returns the states for the next stage, and tokens."""
+        """Run one micro-batch; keep its span means for ``window``. Returns the next stage's states, and tokens."""
         with explain(self._name, rollout_ids):
             output = self._stage.forward(batch, None if received is None else from_wire(received, self._spec.dtype))
             buffer = self._windows.setdefault(

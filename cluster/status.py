@@ -30,8 +30,8 @@ def describe(run_folder: Path) -> str:
         f"run        {run_folder}  (identity {manifest.identity_hash})",
         f"model      {manifest.identity['model']['name']}, {layout.layers} layers x {layout.hidden}",
         f"generated  {generated}/{layout.rows} rollouts",
-        f"extracted  {ok + dropped}/{layout.rows} rollouts ({dropped} dropped), "
-        f"{shards}/{layout.units * layout.groups} shards",
+        f"extracted  {ok + dropped}/{layout.rows} rollouts ({dropped} dropped)",
+        f"shards     {shards}/{layout.units * layout.groups}",
         f"fitted     {'yes' if folder.exists('space/latest') else 'no'}",
         f"report     {run_folder / 'report.html' if folder.exists('report.html') else 'no'}",
         f"driver     {_driver(read_holder(folder))}",

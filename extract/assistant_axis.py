@@ -35,7 +35,7 @@ def read_roles(folder: Path) -> list[tuple[str, tuple[str, ...]]]:
 
 def read_questions(file: Path) -> list[tuple[str, str]]:
     """(id, text) of every line `{"question": ..., "id": ...}`."""
-    questions = []
+    questions: list[tuple[str, str]] = []
     for where, line in _json_lines(file):
         if not isinstance(line.get("question"), str):
             raise InputError(f"{where}: has keys {sorted(line)}; expected a text under `question`.")
@@ -82,8 +82,8 @@ def _read_prompts(file: Path) -> tuple[str, ...]:
         raise InputError(
             f'{file}: needs `instruction`, a list of {{"pos": "system prompt"}}; keys are {sorted(entry)}.'
         )
-    prompts = [item.get("pos") if isinstance(item, dict) else None for item in instructions]
-    if not all(isinstance(prompt, str) for prompt in prompts):
+    prompts = [item["pos"] for item in instructions if isinstance(item, dict) and isinstance(item.get("pos"), str)]
+    if len(prompts) < len(instructions):
         raise InputError(f"{file}: every entry of `instruction` needs a text under `pos`.")
     return tuple(prompts)
 

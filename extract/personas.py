@@ -7,10 +7,11 @@ questions and samples) decides the rows of the arrays.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -251,7 +252,7 @@ def _parse_questions(text: str, where: str) -> list[Question]:
     return [Question(**entry) for entry in _entries(text, where, "questions", fields)]
 
 
-def _entries(text: str, where: str, key: str, fields: dict[str, type]) -> list[dict[str, object]]:
+def _entries(text: str, where: str, key: str, fields: Mapping[str, type]) -> list[dict[str, Any]]:
     """The list under ``key`` of a YAML text, each entry a mapping with exactly ``fields``."""
     try:
         document = yaml.safe_load(text)

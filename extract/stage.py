@@ -120,9 +120,9 @@ def load_slice(checkpoint: Checkpoint, *, first: int, stop: int, dtype: Dtype, d
         backbone_class.__init__(self, *args, **kwargs)
         _prune(self, checkpoint.layers, range(first, stop))
 
-    sliced = type(backbone_class.__name__, (backbone_class,), {"__init__": prune_on_init})
     # Tensors of other stages are unexpected on purpose.
-    sliced._keys_to_ignore_on_load_unexpected = [r".*"]
+    overrides = {"__init__": prune_on_init, "_keys_to_ignore_on_load_unexpected": [r".*"]}
+    sliced: Any = type(backbone_class.__name__, (backbone_class,), overrides)
     model, loading = sliced.from_pretrained(
         checkpoint.source,
         config=config,

@@ -35,7 +35,10 @@ class RunConfig:
 
 
 def load_config(file: Path, flags: Sequence[str] = (), *, prog: str = "personaspace run CONFIG") -> RunConfig:
-    """Read ``file`` and apply ``flags`` (``--store.run NAME``). Raises InputError naming key, value and what is allowed."""
+    """Read ``file`` and apply ``flags`` (``--store.run NAME``).
+
+    Raises InputError naming key, value and what is allowed.
+    """
     try:
         document = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -46,7 +46,7 @@ def open_run(url: str | Path) -> xr.Dataset:
     activations = da.from_array(lazy, chunks=chunks, asarray=False, name=f"{RESID_POST_MEAN}-{lazy.token()}")
     coordinates: dict[str, Any] = {"layer": np.arange(layout.layers, dtype=np.int32)}
     for name in COORDINATES:
-        values = np.asarray(group[name][:])
+        values = np.asarray(zarr.open_array(group.store, path=name, mode="r")[:])
         missing = "" if values.dtype.kind in "UTO" else 0
         coordinates[name] = ("rollout", np.where(rows_committed, values, missing).astype(values.dtype))
     return xr.Dataset(

@@ -72,8 +72,7 @@ def create_group(root: Path, layout: Layout, arrays: Mapping[str, str], provenan
 def encode_shard(values_RGD: NDArray[np.float32], layout: Layout, precision: Precision) -> bytes:
     """Bytes of one shard of an activation array. Shape ``(R, layers of the group, hidden)``, NaN where missing."""
     rounded = round_mantissa(values_RGD, precision)
-    rows, layers, hidden = rounded.shape
-    return _encode(rounded, shape=(layout.unit_rows, layers, hidden), key="c/0/0/0", spec=_activation_spec(layout))
+    return _encode(rounded, shape=rounded.shape, key="c/0/0/0", spec=_activation_spec(layout))
 
 
 def decode_shard(data: bytes, layout: Layout, layers: int) -> NDArray[np.float32]:

@@ -30,7 +30,7 @@ def gumbel(seed_B: torch.Tensor, step: int, token_BK: torch.Tensor) -> torch.Ten
     return (-(-uniform_BK.log()).log()).float()
 
 
-class GumbelTopP(LogitsProcessor):  # type: ignore[misc]
+class GumbelTopP(LogitsProcessor):
     """Temperature, nucleus and Gumbel noise in one step: greedy decoding of its output samples.
 
     The nucleus is the smallest set of most probable tokens that holds ``top_p``, with all tokens tied at its

@@ -2,19 +2,20 @@
 
 import base64
 import hashlib
-import importlib
+import html
 import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import xarray as xr
+from playwright.sync_api import sync_playwright
 
 from personaspace.analysis import figures
 from personaspace.analysis.report import Completeness, DroppedRollout, Sample, render_report
@@ -23,50 +24,44 @@ KINDS = {
     "professional": "consultant teacher lawyer engineer librarian nurse analyst editor accountant scientist",
     "everyday": "neighbour gardener grandmother student commuter cook tourist barista",
     "dramatic": "detective pirate gladiator diva rebel jester hacker poet spy",
-    "fantastical": "ghost dragon oracle wizard vampire leviathan golem siren",
-    "abstract": "river silence swarm entropy paradox",
+    "fantastical": "ghost dragon oracle wizard vampire leviathan golem <script>window.hacked=1</script>",
+    "abstract": "river silence swarm entropy <img/src=x/onerror=window.hacked=1>",
 }
-HOSTILE = {"<script>window.hacked=1</script>": "fantastical", '<img src=x onerror="window.hacked=1">': "dramatic"}
 QUESTION = "What should I do about a friend who never listens to my advice?"
 
 
-def build_space(
-    *, layers: int = 30, rollouts_per_role: int = 12, hostile: bool = False, kinds: bool = True, components: int = 10
-) -> xr.Dataset:
-    """A space such as a small model gives: kinds line up along one direction, more clearly in the middle layers."""
+def build_space(layers: int = 30, rollouts_per_role: int = 12, components: int = 10) -> xr.Dataset:
+    """A space such as a small model gives: kinds line up along the axis, more clearly in the middle layers."""
     rng = np.random.default_rng(7)
-    kind_of = {role: kind for kind, roles in KINDS.items() for role in roles.split()} | (HOSTILE if hostile else {})
+    kind_of = {role: kind for kind, roles in KINDS.items() for role in roles.split()}
     roles, L, R, K = list(kind_of), layers, len(kind_of), components
-    names = np.array([*roles, "default"]).repeat(rollouts_per_role)
     strength_L = 0.25 + 0.75 * np.exp(-(((np.arange(L) - 0.6 * L) / (0.3 * L)) ** 2))
     level_R = np.array([0.8 - 0.4 * list(KINDS).index(kind) for kind in kind_of.values()]) + rng.normal(0, 0.2, R)
-    level_R -= level_R.mean()
-    position_RL = level_R[:, None] * strength_L + rng.normal(0, 0.1, (R, L))
+    position_RL = (level_R - level_R.mean())[:, None] * strength_L + rng.normal(0, 0.1, (R, L))
     position_NL = np.vstack([position_RL, np.ones(L)]).repeat(rollouts_per_role, axis=0)
-    size_K = 6 / np.sqrt(1 + np.arange(K))
-    score_RLK = rng.normal(size=(R, L, K)) * size_K
+    score_RLK = rng.normal(size=(R, L, K)) * 6 / np.sqrt(1 + np.arange(K))
     score_RLK[..., 0] += 12 * position_RL
-    by_component = ("layer", "component")
+    variance_LK = score_RLK.var(axis=0)
     data: dict[str, Any] = {
         "axis": (("layer", "hidden"), rng.normal(size=(L, 48))),
-        "explained_variance_ratio": (by_component, 0.9 * score_RLK.var(0) / score_RLK.var(0).sum(1, keepdims=True)),
-        "role_score": (("role", *by_component), score_RLK),
-        "default_score": (by_component, 20 * strength_L[:, None] / (1 + np.arange(K)) ** 2),
+        "explained_variance_ratio": (("layer", "component"), variance_LK / variance_LK.sum(1, keepdims=True)),
+        "role_score": (("role", "layer", "component"), score_RLK),
+        "default_score": (("layer", "component"), 20 * strength_L[:, None] / (1 + np.arange(K)) ** 2),
         "role_position": (("role", "layer"), position_RL),
         "rollout_position": (("rollout", "layer"), position_NL + rng.normal(0, 0.3, position_NL.shape)),
     }
-    nan_L, noise_L = np.full(L, np.nan), 0.04 * rng.random(L)
+    noise_L = 0.04 * rng.random(L)
     measures = {"cos_axis_pc1": 0.9 * strength_L, "cos_null_p99": 0.7 + noise_L, "cos_random_p99": 0.1 + noise_L}
     measures |= {"rank_correlation": 0.85 * strength_L, "rank_correlation_null_p99": 0.36 + noise_L}
-    measures |= {"auc": 0.5 + 0.46 * strength_L, "auc_null_p99": 0.68 + noise_L} if kinds else {}
-    data |= {name: ("layer", value_L) for name, value_L in ({"auc": nan_L, "auc_null_p99": nan_L} | measures).items()}
+    measures |= {"auc": 0.5 + 0.46 * strength_L, "auc_null_p99": 0.68 + noise_L}
+    data |= {name: ("layer", value_L) for name, value_L in measures.items()}
     coords = {
         "role": roles,
-        "role_kind": ("role", list(kind_of.values()) if kinds else ["unknown"] * R),
+        "role_kind": ("role", list(kind_of.values())),
         "role_description": ("role", [f"You are a {role}; stay in character & never break it." for role in roles]),
         "role_count": ("role", np.full(R, rollouts_per_role)),
         "layer": np.arange(L),
-        "rollout_role": ("rollout", names),
+        "rollout_role": ("rollout", np.array([*roles, "default"]).repeat(rollouts_per_role)),
     }
     attrs: dict[str, Any] = {"target_layer": L // 2, "default_count": rollouts_per_role, "null_permutations": 200}
     attrs |= {"positive_kind": "professional", "negative_kind": "fantastical"}
@@ -79,14 +74,14 @@ def render(space: xr.Dataset, **changes: Any) -> str:
     samples = {"default": Sample(system_prompt="", question=QUESTION, response="Here are three steps.")}
     for role in space.role.values:
         samples[str(role)] = Sample(system_prompt=f"You are a {role}.", question=QUESTION, response=f"{answer} {role}")
-    arguments: dict[str, Any] = {
+    usual: dict[str, Any] = {
         "title": "Persona space of SmolLM2-135M-Instruct",
         "samples": samples,
         "provenance": [("Model", "HuggingFaceTB/SmolLM2-135M-Instruct"), ("Identity hash", "sha256:" + "3b" * 32)],
         "dropped": [DroppedRollout(rollout_id="9f2c11aa", role="poet", question=QUESTION, reason="empty response")],
         "completeness": Completeness(rows_planned=492, rows_ok=491, rows_dropped=1, rows_pending=0),
     }
-    return render_report(space, **(arguments | changes))
+    return render_report(space, **(usual | changes))
 
 
 def scripts_of(page: str) -> list[str]:
@@ -110,8 +105,7 @@ def test_page_loads_nothing_and_runs_only_its_own_scripts() -> None:
     assert not re.search(r"\ssrc=|<(link|iframe|object|embed|base)\b|@import|url\(", markup)
     assert re.findall(r'(\w+) href="(?!#)', markup) == ["a"], "one link to follow, nothing to load"
     assert page.count("* plotly.js v") == 1
-    policy = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', markup)[0]
-    assert policy.startswith("default-src 'none';")
+    policy = re.findall(r"""http-equiv="Content-Security-Policy" content="(default-src 'none';[^"]*)\"""", markup)[0]
     hashes = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts_of(page)[1:]]
     assert re.findall(r"'sha256-([^']+)'", policy) == hashes
     assert page == render(build_space()), "the page is a pure function of its arguments"
@@ -119,10 +113,9 @@ def test_page_loads_nothing_and_runs_only_its_own_scripts() -> None:
 
 def test_text_from_models_and_catalogues_stays_text() -> None:
     evil = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1> \ud83d"
-    space = build_space(hostile=True)
-    space = space.assign_coords(role_description=("role", [evil] * space.sizes["role"]))
+    space = build_space()
     page = render(
-        space,
+        space.assign_coords(role_description=("role", [evil] * space.sizes["role"])),
         title=evil,
         samples={str(role): Sample(system_prompt=evil, question=evil, response=evil) for role in space.role.values},
         provenance=[(evil, evil), ("model", evil)],
@@ -130,7 +123,7 @@ def test_text_from_models_and_catalogues_stays_text() -> None:
     )
     assert len(scripts_of(page)) == 3
     assert "<img" not in page.replace(scripts_of(page)[1], "")
-    assert {role["name"] for role in data_of(page)["roles"]} >= set(HOSTILE)
+    assert [role["name"] for role in data_of(page)["roles"]] == [*space.role.values, "default"]
     assert "<" not in re.sub(r"</?(b|i|br|extra)>", "", json.dumps(data_of(page)["figures"]["PC1 / PC2"]["data"]))
     assert page.encode("utf-8"), "a lone surrogate of a model does not stop the page from being written"
 
@@ -142,9 +135,8 @@ def test_each_number_stands_beside_its_null_with_a_verdict() -> None:
     assert f"Held-out AUC at layer 15 {auc:.2f} ✓ above the null" in text
     assert f"null {null:.2f} (99th percentile of 200 permutations)" in text
     assert f"above its null at {int((space.auc > space.auc_null_p99).sum())} of 30 layers" in text
-    weak = text_of(
-        render(space.assign({name: 0.3 * space[name] for name in ("auc", "rank_correlation", "cos_axis_pc1")}))
-    )
+    faint = {measure.name: 0.3 * space[measure.name] for measure in figures.MEASURES}
+    weak = text_of(render(space.assign(faint)))
     assert "not above the null: at this size the axis is not shown to tell professional from fantastical roles" in weak
     assert "not above the null: at this size the order of the roles is not shown to outlast a change" in weak
     assert "not above the null: at this size the direction of PC1 is not evidence" in weak
@@ -152,9 +144,10 @@ def test_each_number_stands_beside_its_null_with_a_verdict() -> None:
 
 
 def test_what_was_not_computed_is_said_and_not_drawn() -> None:
-    space = build_space(kinds=False)
-    nan = space.rank_correlation * np.nan
-    page = render(space.assign(rank_correlation=nan, rank_correlation_null_p99=nan, cos_null_p99=nan))
+    space = build_space()
+    kinds = space.role_kind.str.replace("professional|fantastical", "unknown", regex=True)
+    gone = ("auc", "auc_null_p99", "rank_correlation", "rank_correlation_null_p99", "cos_null_p99")
+    page = render(space.assign_coords(role_kind=kinds).assign({name: space[name] * np.nan for name in gone}))
     text = text_of(page)
     assert "not available: the catalogue has no roles of the kind professional or fantastical" in text
     assert "not available: it takes at least two questions per role" in text
@@ -168,9 +161,12 @@ def test_small_and_incomplete_runs_have_a_page_too() -> None:
     dropped = [DroppedRollout(rollout_id=f"r{i}", role="poet", question="Why?", reason="too long") for i in range(203)]
     half = Completeness(rows_planned=40, rows_ok=20, rows_dropped=3, rows_pending=17)
     page = render(space, samples={}, dropped=dropped, completeness=half)
-    assert "no response of this role was kept for the report" in page
-    assert "and 3 more, with their reasons in the run folder" in page
-    assert "The run is not finished" in page
+    said = (
+        "no response of this role was kept",
+        "and 3 more, with their reasons in the run folder",
+        "run is not finished",
+    )
+    assert all(words in page for words in said)
     assert list(data_of(page)["views"]) == ["PC1 / PC2"]
     assert "<p>None.</p>" in render(space, dropped=[])
     space.attrs["target_layer"] = 3
@@ -180,14 +176,13 @@ def test_small_and_incomplete_runs_have_a_page_too() -> None:
 
 def test_responses_come_from_both_ends_and_the_middle() -> None:
     space = build_space()
-    order = [str(role) for role in space.role.values[np.argsort(-space.role_position.sel(layer=15).values)]]
+    order = [html.escape(role) for role in space.role.values[np.argsort(-space.role_position.sel(layer=15).values)]]
     shown = re.findall(r"<td><strong>(.*?)</strong>", render(space))
     assert shown == ["default", *order[:3], *order[19:21], *order[-3:]]
 
 
 def test_every_colour_has_a_counterpart_in_the_dark() -> None:
-    space = build_space(kinds=False).assign_coords(role_kind=("role", [f"kind {i % 9}" for i in range(40)]))
-    space = space.assign(auc=space.rank_correlation, auc_null_p99=space.rank_correlation_null_p99)
+    space = build_space().assign_coords(role_kind=("role", [f"kind {i % 9}" for i in range(40)]))
     drawn = json.dumps(data_of(render(space))["figures"])
     assert set(re.findall(r"#[0-9a-f]{6}|rgba\([^)]*\)", drawn)) <= set(figures.DARK) | {figures.CLEAR}
 
@@ -195,7 +190,6 @@ def test_every_colour_has_a_counterpart_in_the_dark() -> None:
 def test_many_rollouts_become_quantiles() -> None:
     space = build_space(layers=6, rollouts_per_role=130)
     data = data_of(page := render(space))
-    assert data["rollout"] is None
     poet = space.isel(layer=3, rollout=space.rollout_role == "poet").rollout_position
     row = list(space.role.values).index("poet")
     assert [q[row] for q in data["quantiles"][3]] == pytest.approx(poet.quantile(figures.QUANTILES), abs=0.01)
@@ -213,10 +207,10 @@ HTMLCanvasElement.prototype.getContext = function (kind) { return kind === "2d" 
 def browser() -> Iterator[Any]:
     """Debian's Chromium; skips loudly where there is none."""
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None or find_spec("playwright") is None:
+    if path is None:
         stop = pytest.fail if os.environ.get("PERSONASPACE_REQUIRE_BROWSER") == "1" else pytest.skip
-        stop("NO BROWSER: nobody looked at the report. `apt-get install chromium` and `pip install playwright`.")
-    with importlib.import_module("playwright.sync_api").sync_playwright() as driver:
+        stop("NO BROWSER: nobody looked at the report. Run `apt-get install chromium`.")
+    with sync_playwright() as driver:
         yield driver.chromium.launch(executable_path=path, args=CHROMIUM)
 
 
@@ -237,29 +231,25 @@ def open_page(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
         return tab
 
     yield open_
-    for context in browser.contexts:
-        context.close()
     assert problems == []
 
 
 def until(tab: Any, truth: str) -> None:
     """Waits for a condition by asking from outside: the page's policy forbids Playwright's own polling."""
-    for _ in range(200):
-        if tab.evaluate(truth):
-            return
+    deadline = time.monotonic() + 20
+    while not tab.evaluate(truth):
+        assert time.monotonic() < deadline, truth
         tab.wait_for_timeout(50)
-    raise AssertionError(f"never came true: {truth}")
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize(("viewport", "scheme"), [(WIDE, "light"), (NARROW, "dark")], ids=["wide", "narrow"])
 def test_every_chart_is_drawn_and_fits(open_page: Callable[..., Any], viewport: dict[str, int], scheme: str) -> None:
-    tab = open_page(render(build_space(hostile=True)), viewport=viewport, scheme=scheme)
+    tab = open_page(render(build_space()), viewport=viewport, scheme=scheme)
     widths = [box.bounding_box()["width"] for box in tab.locator(".main-svg:first-child").all()]
     assert len(widths) == 7
     assert all(200 < width <= viewport["width"] for width in widths)
-    assert tab.locator("#map .points path").count() == 43
+    assert tab.locator("#map .points path").count() == 41
     assert tab.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
     ink = figures.DARK[figures.INK] if scheme == "dark" else figures.INK
     assert tab.evaluate("document.getElementById('map').layout.font.color") == ink
@@ -268,15 +258,15 @@ def test_every_chart_is_drawn_and_fits(open_page: Callable[..., Any], viewport: 
 
 
 @pytest.mark.browser
-def test_layer_moves_map_and_ranking_together(open_page: Callable[..., Any]) -> None:
+def test_layer_and_search_move_map_and_ranking_together(open_page: Callable[..., Any]) -> None:
     space = build_space()
     tab = open_page(render(space))
     for layer, key in ((15, "Shift"), (16, "ArrowRight"), (0, "Home")):
         tab.press("#layer", key)
         until(tab, f"document.getElementById('map').data[0].x[0] === D.score[{layer}][0][0]")
-        position = space.role_position.sel(layer=layer).values
+        order = space.role[np.argsort(space.role_position.sel(layer=layer).values)].values
         ticks = tab.evaluate("document.getElementById('ranking').layout.yaxis.ticktext")
-        assert ticks == [*space.role.values[np.argsort(position)], "<b>default</b>"]
+        assert ticks == [*map(figures.label, order), "<b>default</b>"]
         assert tab.inner_text("#layer-name") == str(layer) + (" (target)" if layer == 15 else "")
     tab.hover("#auc .nsewdrag", position={"x": 100, "y": 60}, force=True)
     tab.wait_for_selector("#auc .hoverlayer .legend")
@@ -285,24 +275,16 @@ def test_layer_moves_map_and_ranking_together(open_page: Callable[..., Any]) -> 
     until(tab, "at > 0 && $('layer-name').textContent === String(D.layers[at])")
     tab.click("#to-target")
     assert tab.inner_text("#layer-name") == "15 (target)"
-
-
-@pytest.mark.browser
-def test_search_lights_up_a_role(open_page: Callable[..., Any]) -> None:
-    space = build_space()
-    tab = open_page(render(space))
     tab.fill("#search", "POET")
-    tab.wait_for_selector("#role:visible")
     assert tab.inner_text("#found") == "1 role"
     assert tab.inner_text("#role-name") == "poet"
     assert "dramatic, 12 rollouts: position" in tab.inner_text("#role-place")
     row = list(space.role.values).index("poet")
-    assert tab.evaluate("document.getElementById('map').data[0].selectedpoints") == [row]
+    until(tab, f"String(document.getElementById('map').data[0].selectedpoints) === '{row}'")
+    until(tab, f"document.getElementById('map').data[0].text[{row}] === 'poet'")
     assert len(tab.evaluate("document.getElementById('ranking').layout.shapes")) == 1
-    assert tab.evaluate(f"document.getElementById('map').data[0].text[{row}]") == "poet"
     tab.fill("#search", "no such role")
     assert tab.inner_text("#found") == "no roles"
-    tab.fill("#search", "")
     assert not tab.is_visible("#role")
 
 
