@@ -80,9 +80,9 @@ def clip(text: str, limit: int = 280) -> str:
     return line if len(line) <= limit else line[:limit].rstrip() + "…"
 
 
-def label(role: str) -> str:
+def label(role: str, limit: int = 32) -> str:
     """A role's name as the charts write it. Plotly knows no &quot;, so quotes stay as they are."""
-    return html.escape(clip(role, 32), quote=False)
+    return html.escape(clip(role, limit), quote=False)
 
 
 def _wrapped(text: str, limit: int) -> str:
@@ -151,7 +151,7 @@ def _figure(traces: Sequence[object], *, height: int, **layout: object) -> go.Fi
     # The stock template weighs 7 kB a figure and fights the page's colours.
     figure = go.Figure(traces, {"template": go.layout.Template(), "height": height, "dragmode": False})
     axis = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "automargin": True, "fixedrange": True}
-    axis |= {"title": {"font": {"size": 12}}}
+    axis |= {"title": {"font": {"size": 12}}, "tickangle": 0}
     return figure.update_layout(
         {"paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR, "xaxis": axis, "yaxis": axis},
         margin={"l": 48, "r": 16, "t": 28, "b": 44},
@@ -189,8 +189,8 @@ def persona_map(
     symbol = [styles[kind][1] for kind in kinds] if flat else "circle"
     marker = {"color": plain(position_R), "colorscale": POSITION_SCALE, "cmin": -span, "cmax": span, "colorbar": bar}
     marker |= {"symbol": symbol, "size": 11 if flat else 6, "line": {"width": 1, "color": INK if flat else MUTED}}
-    own_marker: dict[str, object] = {"color": INK, "line": {"width": 1.5, "color": PAPER}}
-    own_marker |= {"symbol": "star", "size": 19} if flat else {"symbol": "diamond", "size": 9}
+    own_marker: dict[str, object] = {"color": INK, "line": {"width": 1.5, "color": PAPER}, "size": 19 if flat else 9}
+    own_marker["symbol"] = "star" if flat else "diamond"
     common: dict[str, object] = {"mode": "markers+text", "textposition": "top center", "textfont": {"size": 11}}
     common["hovertemplate"] = MAP_HOVER + "<extra></extra>"
     traces = []
@@ -245,8 +245,9 @@ def ranking(space: xr.Dataset, layer: int) -> go.Figure:
     yaxis = {"tickvals": list(range(n + 1)), "ticktext": [names[row] for row in order], "range": [-0.8, n + 0.8]}
     height = 80 + (22 if n <= 60 else 16) * (n + 2)
     figure = _figure(traces, height=height, yaxis=yaxis, margin={"l": 60, "t": 56, "b": 12})
-    for value, text in ((0, "mean role"), (1, "default")):
-        figure.add_annotation(x=value, y=1, yref="paper", yanchor="bottom", yshift=20, text=text, showarrow=False)
+    note = {"y": 1, "yref": "paper", "yanchor": "bottom", "yshift": 20, "showarrow": False}
+    figure.add_annotation(x=0, text="mean role", xanchor="right", xshift=12, **note)
+    figure.add_annotation(x=1, text="default", xanchor="left", xshift=-12, **note)
     return figure.update_layout(xaxis={"side": "top", "zeroline": False}, yaxis={"showgrid": False, "zeroline": False})
 
 
@@ -281,9 +282,8 @@ def _per_layer(space: xr.Dataset, traces: list[go.Scatter], low: float, high: fl
 def scree(space: xr.Dataset, layer: int) -> go.Figure:
     """Explained variance of each component at one layer."""
     ratio_C = _variance(space)[layer_index(space, layer)]
-    bar = go.Bar(x=list(range(1, len(ratio_C) + 1)), y=plain(ratio_C), marker={"color": BLUE})
-    bar.hovertemplate = "PC%{x}: %{y:.1%}<extra></extra>"
-    xaxis, yaxis = {"title": {"text": "component"}, "dtick": 1}, {"tickformat": ".0%", "rangemode": "tozero"}
+    bar = go.Bar(x=list(range(1, len(ratio_C) + 1)), y=plain(ratio_C), marker={"color": BLUE}, hoverinfo="y")
+    xaxis, yaxis = {"title": {"text": "component"}, "dtick": 1}, {"tickformat": ".0%", "hoverformat": ".1%"}
     return _figure([bar], height=290, xaxis=xaxis, yaxis=yaxis)
 
 

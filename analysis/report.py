@@ -245,14 +245,15 @@ def _page_data(space: xr.Dataset, samples: Mapping[str, Sample], target: int) ->
 def _default(space: xr.Dataset, samples: Mapping[str, Sample]) -> dict[str, str]:
     kind = f"{space.attrs['default_count']} rollouts"
     about = "The model's own self, without a role."
-    return {"name": "default", "label": "<b>default</b>", "kind": kind, "about": about} | _said(samples.get("default"))
+    names = {"name": "default", "label": "<b>default</b>", "short": "<b>default</b>"}
+    return names | {"kind": kind, "about": about} | _said(samples.get("default"))
 
 
 def _role(space: xr.Dataset, row: int, samples: Mapping[str, Sample]) -> dict[str, str]:
     name, kind, about = (str(space[key].values[row]) for key in ("role", "role_kind", "role_description"))
     kind = f"{kind}, {int(space['role_count'].values[row])} rollouts"
-    card = {"name": name, "label": figures.label(name), "kind": kind, "about": figures.clip(about, 400)}
-    return card | _said(samples.get(name))
+    names = {"name": name, "label": figures.label(name), "short": figures.label(name, 16)}
+    return names | {"kind": kind, "about": figures.clip(about, 400)} | _said(samples.get(name))
 
 
 def _said(sample: Sample | None) -> dict[str, str]:

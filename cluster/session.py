@@ -3,9 +3,10 @@
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -68,10 +69,25 @@ def hold_run(job: Job, say: Callable[[str], None]) -> Iterator[Fence]:
         job.folder.clear_scratch()
 
 
+def ray_address(config: ClusterConfig) -> str | None:
+    """Address of the cluster to join, or None to start one."""
+    return config.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def check_shared_paths(config: ClusterConfig, paths: Mapping[str, str]) -> None:
+    """Refuse relative paths (config key -> path) on a cluster: its nodes, and Ray jobs, have other working folders."""
+    for key, path in paths.items():
+        if ray_address(config) is not None and not Path(path).expanduser().is_absolute():
+            raise InputError(
+                f"{key}: {path} is relative, and this runs on the Ray cluster {ray_address(config)}, where every node "
+                "and every job has a working folder of its own. Give an absolute path that all nodes share."
+            )
+
+
 @contextmanager
 def ray_cluster(config: ClusterConfig) -> Iterator[None]:
     """Connect to the configured cluster, or start one on this machine; shut down what was started."""
-    address = config.address or os.environ.get("RAY_ADDRESS")
+    address = ray_address(config)
     # Ray's own banner and usage note drown the lines that matter.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     local: dict[str, Any] = {"include_dashboard": False} if address is None else {}

@@ -83,11 +83,12 @@ def _run(config: RunConfig, steps: Sequence[str]) -> None:
     from personaspace.cluster.generation import generate
     from personaspace.cluster.job import prepare
     from personaspace.cluster.progress import ProgressDisplay
-    from personaspace.cluster.session import hold_run, orderly_end, ray_cluster
+    from personaspace.cluster.session import check_shared_paths, hold_run, orderly_end, ray_cluster
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     with orderly_end():
+        check_shared_paths(config.cluster, {"store.root": config.store.root})
         job = prepare(
             model=config.model,
             personas=config.personas,

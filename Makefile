@@ -1,0 +1,56 @@
+# make demo   install what is needed and run the main job on a real small model
+# make test   install what is needed and run the tests
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint $(CONSTRAINTS)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint format wheel clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each set of extras: an install is repeated only when its inputs change.
+$(VENV)/.demo: $(BIN)/python pyproject.toml $(CONSTRAINTS)
+	$(INSTALL) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python pyproject.toml $(CONSTRAINTS)
+	$(INSTALL) --editable '.[dev]'
+	@touch $(VENV)/.demo $@
+
+install: $(VENV)/.demo ## install personaspace into .venv
+
+demo: $(VENV)/.demo ## run the main job on SmolLM2-135M; the report lands in runs/demo/report.html
+	$(BIN)/python -m personaspace.extract.demo_model
+	$(BIN)/personaspace run configs/demo.yaml
+	@echo "Open runs/demo/report.html in a browser."
+
+test: $(VENV)/.dev ## run the tests, without those marked slow
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-all: $(VENV)/.dev ## run every test that this machine can
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev ## ruff, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev ## let ruff format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(VENV)/.dev ## build sdist and wheel into dist/
+	$(BIN)/python -m build --outdir dist .
+
+clean: ## remove what make made, except runs and the model cache
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,136 @@
+"""Tiny random checkpoints of real architectures, with a real tokenizer, made in code in well under a second."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedTokenizerFast
+
+FAMILIES = ("llama", "qwen3", "gemma2", "gemma3_text", "gpt_neox", "gpt2", "mistral", "mixtral", "qwen3_moe")
+SLIDING_WINDOW = 8
+"""Tokens that the sliding-window layers of gemma2, gemma3_text and mistral see."""
+MAX_POSITIONS = 256
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TRIMMING = (
+    "{{ bos_token }}{{ 'Today is ' + date_string + '.\n' }}{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] | trim + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""Like Llama's: opens with BOS and a date, and trims every content."""
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+)
+"""Like Gemma 2's: refuses a system message."""
+
+_SENTENCES = (
+    "You are a ghost who lingers in an old house, and you speak softly of the past.",
+    "You are a consultant. Answer the question with three points and a plain recommendation.",
+    "What should I do about a friend who never listens to my advice?",
+    "The sea is wide, the night is long, and the stars are where they were.",
+    "Today is a good day to walk by the river; tell me what you see there.",
+    "system user assistant\nUser: Assistant: question answer",
+)
+
+
+def tiny_checkpoint(
+    folder: Path,
+    family: str = "llama",
+    layers: int = 6,
+    hidden: int = 32,
+    seed: int = 0,
+    chat_template: str | None = CHATML,
+) -> Path:
+    """Save a random float32 model of ``family`` with its tokenizer in ``folder``, and return the folder.
+
+    ``chat_template`` is CHATML, TRIMMING, NO_SYSTEM, a text of your own, or None for a base model.
+    """
+    tokenizer = _tokenizer(chat_template)
+    _save(_model(family, layers, hidden, seed, tokenizer), tokenizer, folder)
+    return folder
+
+
+def reciting_checkpoint(folder: Path, text: str, after: str, chat_template: str | None = CHATML) -> Path:
+    """Save a model that answers with ``text`` (then over again) once it has read the token ``after``.
+
+    Its blocks add nothing; its head maps every token of the text to the next, so no token may occur twice.
+    """
+    tokenizer = _tokenizer(chat_template)
+    chain = tokenizer(after + text, add_special_tokens=False)["input_ids"]
+    assert len(set(chain)) == len(chain), f"tokens repeat: {tokenizer.convert_ids_to_tokens(chain)}"
+    model = _model("llama", 1, 128, 0, tokenizer)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+        model.lm_head.weight.zero_()
+        for token, following in zip(chain, [*chain[1:], chain[1]], strict=True):
+            model.lm_head.weight[following] += model.model.embed_tokens.weight[token]
+    _save(model, tokenizer, folder)
+    return folder
+
+
+def _model(family: str, layers: int, hidden: int, seed: int, tokenizer: PreTrainedTokenizerFast) -> Any:
+    common = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "intermediate_size": 2 * hidden,
+        "max_position_embeddings": MAX_POSITIONS,
+        # Large, so that attention and experts matter as they do in a trained model.
+        "initializer_range": 0.2,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": None,
+        "tie_word_embeddings": family.startswith("gemma"),
+    }
+    heads = {"num_key_value_heads": 2, "head_dim": hidden // 4}
+    own: dict[str, dict[str, Any]] = {
+        "llama": heads,
+        "qwen3": heads,
+        "gemma2": {**heads, "sliding_window": SLIDING_WINDOW, "query_pre_attn_scalar": hidden // 4},
+        "gemma3_text": {**heads, "sliding_window": SLIDING_WINDOW, "query_pre_attn_scalar": hidden // 4},
+        "gpt_neox": {},
+        "gpt2": {},
+        "mistral": {**heads, "sliding_window": SLIDING_WINDOW},
+        "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
+        "qwen3_moe": {**heads, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": hidden},
+    }
+    config = CONFIG_MAPPING[family](**common, **own[family])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                # Norms and biases start at ones and zeros, which would hide a weight that was not loaded.
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def _save(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
+    """Byte-level BPE that, like Llama's, puts BOS before any text unless told not to."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    specials = ["<|begin|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[AddedToken(token, special=True) for token in specials],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_SENTENCES, trainer)
+    backend.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|begin|>", eos_token="<|im_end|>")
+    tokenizer.chat_template = chat_template
+    return tokenizer
