@@ -234,8 +234,8 @@ def ranking(space: xr.Dataset, layer: int) -> go.Figure:
             traces.append(_line(x, y, STRIP, width, name=name, meta={"part": "band", "band": [low, high]}))
     x = plain(np.stack([np.zeros(n), position_R[:n], np.full(n, np.nan)], axis=1).ravel())
     traces.append(_line(x, y[: 3 * n], MIDDLE, 1.5, showlegend=False, meta={"part": "stem"}))
-    kinds = space["role_kind"].values.astype(str)
-    groups = [(label(k), *style, np.flatnonzero(kinds == k)) for k, style in kind_styles(list(kinds)).items()]
+    kinds = np.array([str(kind) for kind in space["role_kind"].values])
+    groups = [(label(k), *style, np.flatnonzero(kinds == k)) for k, style in kind_styles(kinds.tolist()).items()]
     for name, colour, symbol, members in [*groups, ("default", INK, "star", np.array([n]))]:
         marker = {"color": colour, "symbol": symbol, "size": 15 if symbol == "star" else 10, "line": {"color": PAPER}}
         dots = {"x": plain(position_R[members]), "y": height_R[members].tolist(), "mode": "markers"}

@@ -154,7 +154,7 @@ def _views(space: xr.Dataset) -> dict[str, tuple[int, ...]]:
 def _legend(space: xr.Dataset) -> list[tuple[str, str, str, str]]:
     glyphs = {"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲", "x": "✖", "star-diamond": "✦"}
     glyphs |= {"pentagon": "⬟", "hexagon": "⬢", "triangle-down": "▼", "bowtie": "⧓", "cross": "✚"}
-    styles = figures.kind_styles(space["role_kind"].values.astype(str).tolist())
+    styles = figures.kind_styles([str(kind) for kind in space["role_kind"].values])
     return [(kind, glyphs[symbol], colour, figures.DARK[colour]) for kind, (colour, symbol) in styles.items()]
 
 
@@ -180,7 +180,7 @@ def _finding(space: xr.Dataset, measure: Measure, target: int) -> Finding:
 
 
 def _missing(space: xr.Dataset, measure: Measure) -> str:
-    kinds = set(space["role_kind"].values.astype(str).tolist())
+    kinds = {str(kind) for kind in space["role_kind"].values}
     absent = [kind for key in ("positive_kind", "negative_kind") if (kind := str(space.attrs[key])) not in kinds]
     if measure.name == "auc" and absent:
         return f"the catalogue has no roles of the kind {' or '.join(absent)}"

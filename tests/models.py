@@ -1,6 +1,5 @@
 """Tiny random checkpoints of real architectures, with a real tokenizer, made in code in well under a second."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +54,22 @@ def tiny_checkpoint(
     return folder
 
 
-def reciting_checkpoint(folder: Path, text: str, after: str, chat_template: str | None = CHATML) -> Path:
-    """Save a model that answers with ``text`` (then over again) once it has read the token ``after``.
+def reciting_checkpoint(folder: Path, after: str, text: str, chat_template: str | None = CHATML) -> Path:
+    """Save a model that says ``text``, over and over, once it has read the token ``after``.
 
-    Its blocks add nothing; its head maps every token of the text to the next, so no token may occur twice.
+    Its blocks add nothing and its head maps every token to the next one, so each may have one successor only.
     """
     tokenizer = _tokenizer(chat_template)
-    chain = tokenizer(after + text, add_special_tokens=False)["input_ids"]
-    assert len(set(chain)) == len(chain), f"tokens repeat: {tokenizer.convert_ids_to_tokens(chain)}"
+    ids = tokenizer(after + text, add_special_tokens=False)["input_ids"]
+    successor: dict[int, int] = {}
+    for token, following in zip(ids, [*ids[1:], ids[1]], strict=True):
+        assert successor.setdefault(token, following) == following, f"{tokenizer.decode(token)!r} has two successors"
     model = _model("llama", 1, 128, 0, tokenizer)
     with torch.no_grad():
         model.model.layers[0].self_attn.o_proj.weight.zero_()
         model.model.layers[0].mlp.down_proj.weight.zero_()
         model.lm_head.weight.zero_()
-        for token, following in zip(chain, [*chain[1:], chain[1]], strict=True):
+        for token, following in successor.items():
             model.lm_head.weight[following] += model.model.embed_tokens.weight[token]
     _save(model, tokenizer, folder)
     return folder
@@ -129,7 +130,7 @@ def _tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(_SENTENCES, trainer)
+    backend.train_from_iterator([sentence + "\n\n" for sentence in _SENTENCES], trainer)
     backend.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|begin|>", eos_token="<|im_end|>")
     tokenizer.chat_template = chat_template

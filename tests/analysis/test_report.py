@@ -34,7 +34,7 @@ def build_space(layers: int = 30, rollouts_per_role: int = 12, components: int =
     """A space such as a small model gives: kinds line up along the axis, more clearly in the middle layers."""
     rng = np.random.default_rng(7)
     kind_of = {role: kind for kind, roles in KINDS.items() for role in roles.split()}
-    roles, L, R, K = list(kind_of), layers, len(kind_of), components
+    roles, L, R, K, T = list(kind_of), layers, len(kind_of), components, np.dtypes.StringDType()
     strength_L = 0.25 + 0.75 * np.exp(-(((np.arange(L) - 0.6 * L) / (0.3 * L)) ** 2))
     level_R = np.array([0.8 - 0.4 * list(KINDS).index(kind) for kind in kind_of.values()]) + rng.normal(0, 0.2, R)
     position_RL = (level_R - level_R.mean())[:, None] * strength_L + rng.normal(0, 0.1, (R, L))
@@ -56,12 +56,12 @@ def build_space(layers: int = 30, rollouts_per_role: int = 12, components: int =
     measures |= {"auc": 0.5 + 0.46 * strength_L, "auc_null_p99": 0.68 + noise_L}
     data |= {name: ("layer", value_L) for name, value_L in measures.items()}
     coords = {
-        "role": roles,
-        "role_kind": ("role", list(kind_of.values())),
-        "role_description": ("role", [f"You are a {role}; stay in character & never break it." for role in roles]),
+        "role": np.array(roles, T),
+        "role_kind": ("role", np.array(list(kind_of.values()), T)),
+        "role_description": ("role", np.array([f"You are a {role}; never break character & co." for role in roles], T)),
         "role_count": ("role", np.full(R, rollouts_per_role)),
         "layer": np.arange(L),
-        "rollout_role": ("rollout", np.array([*roles, "default"]).repeat(rollouts_per_role)),
+        "rollout_role": ("rollout", np.array([*roles, "default"], T).repeat(rollouts_per_role)),
     }
     attrs: dict[str, Any] = {"target_layer": L // 2, "default_count": rollouts_per_role, "null_permutations": 200}
     attrs |= {"positive_kind": "professional", "negative_kind": "fantastical"}
@@ -246,9 +246,11 @@ def test_every_chart_is_drawn_and_fits(open_page: Callable[..., Any], viewport: 
     assert all(200 < width <= viewport["width"] for width in widths)
     assert tab.locator("#map .points path").count() == 41
     assert tab.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
-    ink = figures.DARK[figures.INK] if scheme == "dark" else figures.INK
-    assert tab.evaluate("document.getElementById('map').layout.font.color") == ink
+    assert tab.evaluate("$('map').layout.font.color") == {"light": "#1d2327", "dark": "#e7eaec"}[scheme]
     assert tab.evaluate("window.hacked") is None
+    tab.set_viewport_size(NARROW if viewport is WIDE else WIDE)
+    until(tab, "Math.abs($('map')._fullLayout.width - $('map').parentElement.clientWidth) < 2")
+    until(tab, "$('ranking').clientHeight === D.figures.ranking.layout.height")
     assert {"<script>window.h…", "<script>window.hacked=1</script>"} & set(tab.locator(".ytick").all_text_contents())
 
 
@@ -258,26 +260,24 @@ def test_layer_and_search_move_map_and_ranking_together(open_page: Callable[...,
     tab = open_page(render(space))
     for layer, key in ((15, "Shift"), (16, "ArrowRight"), (0, "Home")):
         tab.press("#layer", key)
-        until(tab, f"document.getElementById('map').data[0].x[0] === D.score[{layer}][0][0]")
+        until(tab, f"$('map').data[0].x[0] === D.score[{layer}][0][0]")
         order = space.role[np.argsort(space.role_position.sel(layer=layer).values)].values
-        ticks = tab.evaluate("document.getElementById('ranking').layout.yaxis.ticktext")
+        ticks = tab.evaluate("$('ranking').layout.yaxis.ticktext")
         assert ticks == [*map(figures.label, order), "<b>default</b>"]
         assert tab.inner_text("#layer-name") == str(layer) + (" (target)" if layer == 15 else "")
     tab.hover("#auc .nsewdrag", position={"x": 100, "y": 60}, force=True)
     tab.wait_for_selector("#auc .hoverlayer .legend")
-    tab.mouse.down()
-    tab.mouse.up()
+    tab.click("#auc .nsewdrag", position={"x": 100, "y": 60}, force=True)
     until(tab, "at > 0 && $('layer-name').textContent === String(D.layers[at])")
     tab.click("#to-target")
     assert tab.inner_text("#layer-name") == "15 (target)"
     tab.fill("#search", "POET")
     assert tab.inner_text("#found") == "1 role"
-    assert tab.inner_text("#role-name") == "poet"
-    assert "dramatic, 12 rollouts: position" in tab.inner_text("#role-place")
+    assert "poet dramatic, 12 rollouts: position" in " ".join(tab.inner_text("#role").split())
     row = list(space.role.values).index("poet")
-    until(tab, f"String(document.getElementById('map').data[0].selectedpoints) === '{row}'")
-    until(tab, f"document.getElementById('map').data[0].text[{row}] === 'poet'")
-    assert len(tab.evaluate("document.getElementById('ranking').layout.shapes")) == 1
+    until(tab, f"String($('map').data[0].selectedpoints) === '{row}'")
+    until(tab, f"$('map').data[0].text[{row}] === 'poet'")
+    assert len(tab.evaluate("$('ranking').layout.shapes")) == 1
     tab.fill("#search", "no such role")
     assert tab.inner_text("#found") == "no roles"
     assert not tab.is_visible("#role")
@@ -288,7 +288,7 @@ def test_layer_and_search_move_map_and_ranking_together(open_page: Callable[...,
 def test_views_of_the_map_with_and_without_webgl(open_page: Callable[..., Any], before: str) -> None:
     tab = open_page(render(build_space()), before=before)
     tab.get_by_label("PC1 / PC3").check()
-    until(tab, "document.getElementById('map').data[0].y[0] === D.score[15][2][0]")
+    until(tab, "$('map').data[0].y[0] === D.score[15][2][0]")
     if tab.get_by_label("3-D").is_disabled():
         assert tab.inner_text("#view-note") == "The 3-D view is off: this browser offers no WebGL."
     else:

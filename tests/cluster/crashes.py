@@ -24,16 +24,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from personaspace.store.commit import committed_slots, read_records, record_key
+from personaspace.store.layout import ZARR_GROUP, shard_key
 from personaspace.store.objects import LocalFolder
 from personaspace.store.schema import RESID_POST_MEAN
 from tests.models import tiny_checkpoint
 
 CONFIG = """
 model: {{id: {model}, dtype: float32}}
-personas: {{only: [pirate, ghost, teacher], prompts: 5, max_questions: 32}}
-generate: {{max_new_tokens: 8, batch_rows: 640}}
+personas: {{only: [pirate, ghost, teacher], prompts: 5}}
+generate: {{max_new_tokens: 8, batch_rows: 480}}
 extract: {{micro_batch_tokens: 2048, window_rows: 64}}
-store: {{root: {root}, run: {run}, unit_rows: 16, layer_group: 1}}
+store: {{root: {root}, run: {run}, unit_rows: 8, layer_group: 1}}
 cluster: {{stages: 2}}
 """
 
@@ -88,7 +89,7 @@ class Laboratory:
         self._finish("generate", "base")
         shutil.copytree(folder / "runs" / "base", folder / "runs" / "undisturbed")
         process = self.start("extract", "undisturbed")
-        self.wait_for_extract(process)
+        self.wait_for_first_record("undisturbed")
         begin = time.monotonic()
         assert process.wait() == 0
         self.extract_seconds = time.monotonic() - begin
@@ -109,25 +110,21 @@ class Laboratory:
             env={**os.environ, "RAY_ADDRESS": "", **(environment or {})},
         )
 
-    def wait_for_extract(self, process: subprocess.Popen[str]) -> None:
-        """Return when the extract step begins."""
-        assert process.stdout is not None
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if line.startswith("extract: "):
-                return
-        raise AssertionError("".join(lines))
+    def wait_for_first_record(self, run: str) -> None:
+        """Return when the first shard is committed: from here on every moment is one of computing and writing."""
+        folder = LocalFolder(self.folder / "runs" / run)
+        while not any(array == RESID_POST_MEAN for array, _, _ in committed_slots(folder)):
+            time.sleep(0.01)
 
     def copy_base(self, run: str) -> Path:
         """A fresh run with rollouts and nothing extracted."""
         return Path(shutil.copytree(self.folder / "runs" / "base", self.folder / "runs" / run))
 
     def kill_driver(self, run: str, moment: float) -> Trial:
-        """SIGKILL the driver ``moment`` seconds into the extract step, then resume."""
+        """SIGKILL the driver ``moment`` seconds after the first commit, then resume."""
         path = self.copy_base(run)
         process = self.start("extract", run)
-        self.wait_for_extract(process)
+        self.wait_for_first_record(run)
         time.sleep(moment)
         process.kill()
         process.wait()
@@ -145,20 +142,22 @@ class Laboratory:
         folder = LocalFolder(path)
         slots = committed_slots(folder)
         before = {slot: folder.get(record_key(slot, generation)) for slot, generation in slots.items()}
-        shards_before = {key for key in folder.list("activations.zarr/resid_post_mean/c")}
-        recorded = {f"activations.zarr/resid_post_mean/c/{unit}/{group}/0" for array, unit, group in before}
+        shards_before = set(folder.list(f"{ZARR_GROUP}/{RESID_POST_MEAN}/c"))
+        shards = [slot for slot in before if slot[0] == RESID_POST_MEAN]
+        recorded = {shard_key(*slot) for slot in shards}
         self._finish("extract", run)
         epochs = {slot: record.epoch for slot, record in read_records(folder, RESID_POST_MEAN).items()}
         last = max(epochs.values())
         adopted = [slot for slot, record in read_records(folder, RESID_POST_MEAN).items() if record.adopted]
-        shards = [slot for slot in before if slot[0] == RESID_POST_MEAN]
         complete = self._complete_units(shards, path)
         return Trial(
             committed_before=len(shards),
             orphans=len(shards_before - recorded),
             adopted=len(adopted),
             rewritten=sum(folder.get(record_key(slot, slots[slot])) != data for slot, data in before.items()),
-            recomputed_outside=sum(slot[1] in complete and epochs[slot] == last for slot in epochs if slot not in before),
+            recomputed_outside=sum(
+                slot[1] in complete and epochs[slot] == last for slot in epochs if slot not in before
+            ),
             identical=objects(path) == self.expected,
         )
 
@@ -203,14 +202,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         laboratory = Laboratory(Path(scratch))
         shards = len([name for name in laboratory.expected if name.startswith("resid_post_mean/c/")])
-        print(f"extract step undisturbed: {laboratory.extract_seconds:.1f} s, {shards} shards\n")
-        print("| trial | killed at | committed | orphans | adopted | rewritten | recomputed outside | identical |")
+        print(
+            f"undisturbed: {shards} shards, {laboratory.extract_seconds:.1f} s from first commit to end\n", flush=True
+        )
+        print("| trial | driver killed | committed | orphans | adopted | rewritten | recomputed outside | identical |")
         print("|---|---|---|---|---|---|---|---|")
         for number in range(arguments.uniform + arguments.aimed):
             run = f"trial-{uuid.uuid4().hex[:8]}"
             if number < arguments.uniform:
                 moment = moments.uniform(0, laboratory.extract_seconds)
-                where, trial = f"{moment:.2f} s", laboratory.kill_driver(run, moment)
+                where, trial = f"after {moment:.2f} s", laboratory.kill_driver(run, moment)
             else:
                 shard = moments.randrange(1, shards // 2)
                 where, trial = f"before record {shard}", laboratory.kill_before_record(run, shard)

@@ -1,6 +1,5 @@
 """Crashes and interruptions of real runs on real Ray. The long table: python -m tests.cluster.crashes"""
 
-import json
 import signal
 import time
 import uuid
@@ -26,13 +25,13 @@ def assert_whole(trial: Trial) -> None:
     assert trial.recomputed_outside == 0
 
 
-@pytest.mark.parametrize("share", [0.3, 0.7, 0.9])
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.8])
 def test_killed_driver_resumes_to_identical_arrays(laboratory: Laboratory, share: float) -> None:
     assert_whole(laboratory.kill_driver(f"uniform-{share}", share * laboratory.extract_seconds))
 
 
 def test_crash_between_publish_and_record_is_adopted(laboratory: Laboratory) -> None:
-    trial = laboratory.kill_before_record("aimed", shard=40)
+    trial = laboratory.kill_before_record("aimed", shard=100)
     assert_whole(trial)
     assert trial.orphans >= 1
     assert trial.adopted >= 1
@@ -43,8 +42,7 @@ def test_interrupt_leaves_a_resumable_run_and_no_stray_process(laboratory: Labor
     run, mark = f"interrupt-{number.name}", uuid.uuid4().hex
     path = laboratory.copy_base(run)
     process = laboratory.start("extract", run, {"PERSONASPACE_TEST_MARK": mark})
-    laboratory.wait_for_extract(process)
-    time.sleep(0.8 * laboratory.extract_seconds)
+    laboratory.wait_for_first_record(run)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
@@ -66,25 +64,11 @@ def test_interrupt_leaves_a_resumable_run_and_no_stray_process(laboratory: Labor
 def test_second_driver_is_refused(laboratory: Laboratory) -> None:
     laboratory.copy_base("shared")
     first = laboratory.start("extract", "shared")
-    laboratory.wait_for_extract(first)
+    laboratory.wait_for_first_record("shared")
     second = laboratory.start("extract", "shared")
     output, _ = second.communicate()
     assert second.returncode == 3
-    assert f"the run is being written by" in output
+    assert "the run is being written by" in output
     first.communicate()
     assert first.returncode == 0
     assert objects(Path(laboratory.folder / "runs" / "shared")) == laboratory.expected
-
-
-def test_another_identity_is_refused_with_the_difference(laboratory: Laboratory) -> None:
-    path = laboratory.copy_base("other")
-    before = (path / "run.json").read_bytes()
-    config = laboratory.folder / "other.yaml"
-    process = laboratory.start("extract", "other")
-    process.communicate()
-    text = config.read_text().replace("max_new_tokens: 8", "max_new_tokens: 9")
-    config.write_text(text)
-    from personaspace.cli import main
-
-    assert main(["extract", str(config)]) == 2
-    assert json.loads(before)["identity"]["generate"]["max_new_tokens"] == 8

@@ -1,0 +1,281 @@
+"""Personas: the built-in catalogue, crossing, permanent rollout ids, and every refusal as the user reads it."""
+
+import json
+import random
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from personaspace.extract.config import PersonasConfig
+from personaspace.extract.personas import (
+    PersonaPlan,
+    load_questions,
+    load_roles,
+    plan_imported,
+    plan_personas,
+    rollout_id,
+)
+from personaspace.store.errors import InputError
+
+KINDS = {"professional", "everyday", "dramatic", "fantastical", "abstract"}
+
+
+def role(name: str, *prompts: str) -> dict[str, Any]:
+    return {"id": name, "kind": "everyday", "description": "A test.", "prompts": list(prompts or (f"Be {name}.",))}
+
+
+def question(name: str) -> dict[str, str]:
+    return {"id": name, "category": "self", "text": f"What is {name}?"}
+
+
+def write(file: Path, **document: Any) -> str:
+    file.write_text(yaml.safe_dump(document), encoding="utf-8")
+    return str(file)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> PersonasConfig:
+    """default (3 prompts) and ghost (2), asked q0 to q2."""
+    roles = [role("ghost", "Be a ghost.", "Haunt."), role("default", "", "You are {model_name}.", "Be yourself.")]
+    return PersonasConfig(
+        roles=write(tmp_path / "roles.yaml", version=1, roles=roles),
+        questions=write(tmp_path / "questions.yaml", version=1, questions=[question(f"q{i}") for i in range(3)]),
+    )
+
+
+def plan(config: PersonasConfig, generation: str = "T=0.7") -> PersonaPlan:
+    return plan_personas(config, model_name="Tiny", generation=generation)
+
+
+def coordinates(plan: PersonaPlan) -> list[tuple[str, int, int, int]]:
+    return [(plan.roles[row.role_id].id, row.prompt, row.question, row.sample) for row in plan.rows]
+
+
+def test_builtin_catalogue() -> None:
+    default, *roles = load_roles("builtin")
+    assert (default.id, default.kind, default.prompts[0]) == ("default", "assistant", "")
+    assert len(roles) >= 32
+    assert {role.kind for role in roles} == KINDS
+    assert {len(role.prompts) for role in (default, *roles)} == {5}
+    assert all(prompt.strip() for role in roles for prompt in role.prompts)
+    for texts in ([role.id for role in roles], [prompt for role in roles for prompt in role.prompts]):
+        assert len(set(texts)) == len(texts)
+
+
+def test_builtin_questions_stay_balanced_in_every_block_of_eight() -> None:
+    questions = load_questions("builtin")
+    assert len(questions) >= 48
+    assert len({question.id for question in questions}) == len({question.text for question in questions})
+    first = [question.category for question in questions[:8]]
+    assert len(set(first)) == 8
+    assert [question.category for question in questions] == first * (len(questions) // 8)
+
+
+def test_cross_asks_every_prompt_every_question_role_after_role(config: PersonasConfig) -> None:
+    crossed = plan(replace(config, samples=1, default_samples=2))
+    assert coordinates(crossed) == [
+        *[("default", prompt, question, sample) for prompt in range(3) for question in range(3) for sample in range(2)],
+        *[("ghost", prompt, question, 0) for prompt in range(2) for question in range(3)],
+    ]
+    assert [row.row for row in crossed.rows] == list(range(24))
+    assert crossed.rows_per_role() == [18, 6]
+
+
+def test_cycle_asks_every_question_once_and_prompts_take_turns(config: PersonasConfig) -> None:
+    cycled = coordinates(plan(replace(config, pairing="cycle", default_samples=2)))
+    assert [key[1:] for key in cycled if key[0] == "ghost"] == [(0, 0, 0), (1, 1, 0), (0, 2, 0)]
+    default = [key[1:] for key in cycled if key[0] == "default"]
+    assert default == [(0, 0, 0), (1, 0, 1), (1, 1, 0), (2, 1, 1), (2, 2, 0), (0, 2, 1)]
+
+
+def test_messages_name_the_model_and_leave_out_an_empty_system_prompt(config: PersonasConfig) -> None:
+    rows = plan(replace(config, max_questions=1)).rows
+    user = {"role": "user", "content": "What is q0?"}
+    assert rows[0].messages == (user,)
+    assert rows[1].messages == ({"role": "system", "content": "You are Tiny."}, user)
+
+
+def test_fewer_prompts_questions_and_roles(config: PersonasConfig) -> None:
+    small = plan(replace(config, prompts=1, max_questions=2, only=("ghost",)))
+    assert Counter(key[0] for key in coordinates(small)) == {"default": 2, "ghost": 2}
+
+
+@given(st.randoms(use_true_random=False), st.integers(0, 3), st.integers(0, 2))
+def test_rollout_ids_survive_new_and_reordered_questions_and_roles(
+    tmp_path_factory: pytest.TempPathFactory, shuffler: random.Random, more_questions: int, more_roles: int
+) -> None:
+    folder = tmp_path_factory.mktemp("personas")
+    questions = [question(f"q{i}") for i in range(3)]
+    roles = [role("default", "", "Be yourself."), role("ghost")]
+
+    def ids() -> dict[tuple[str, int, str, int], str]:
+        made = plan(
+            PersonasConfig(
+                roles=write(folder / "roles.yaml", roles=roles),
+                questions=write(folder / "questions.yaml", questions=questions),
+                samples=2,
+            )
+        )
+        return {
+            (role, prompt, made.questions[question].id, sample): row.rollout_id
+            for (role, prompt, question, sample), row in zip(coordinates(made), made.rows, strict=True)
+        }
+
+    before = ids()
+    questions += [question(f"new{i}") for i in range(more_questions)]
+    roles += [role(f"new{i}") for i in range(more_roles)]
+    shuffler.shuffle(questions)
+    shuffler.shuffle(roles)
+    after = ids()
+    assert before.items() <= after.items()
+    assert len(set(after.values())) == len(after)
+
+
+def test_rollout_id_depends_on_all_that_decides_a_rollout() -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+    ids = {
+        rollout_id("ghost", messages, "T=0.7", 0),
+        rollout_id("poet", messages, "T=0.7", 0),
+        rollout_id("ghost", [{"role": "system", "content": "Haunt."}, *messages], "T=0.7", 0),
+        rollout_id("ghost", messages, "T=0.8", 0),
+        rollout_id("ghost", messages, "T=0.7", 1),
+    }
+    assert len(ids) == 5
+    assert all(len(i) == 16 for i in ids)
+
+
+def test_content_hash_follows_rows_and_generation(config: PersonasConfig) -> None:
+    assert plan(config).content_hash() == plan(config).content_hash()
+    assert plan(config).content_hash() != plan(config, "T=0.8").content_hash()
+    assert plan(config).content_hash() != plan(replace(config, max_questions=2)).content_hash()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"only": ("ghots",)}, "personas.only: unknown role ghots. Known: default, ghost."),
+        ({"only": ("default",)}, "personas: `default` alone spans no space; use at least one more role."),
+        ({"roles": "no/such.yaml"}, "personas.roles: no/such.yaml does not exist; give `builtin`, a YAML file, or"),
+        ({"questions": "no/such.yaml"}, "personas.questions: no/such.yaml does not exist; give `builtin`, a YAML"),
+    ],
+)
+def test_refused_settings(config: PersonasConfig, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        plan(replace(config, **change))
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"roles": [role("ghost")]}, "personas.roles: no role `default`; the axis is measured against it, so add one."),
+        (
+            {"roles": [role("default"), role("ghost"), role("ghost")]},
+            "personas.roles: FILE: role id ghost appears more than once; ids must be unique.",
+        ),
+        ({"personas": []}, "FILE: needs a list under `roles:`."),
+        (
+            {"roles": [role("default"), {"id": "ghost", "prompts": ["Haunt."]}]},
+            "FILE: roles[1] has ['id', 'prompts']; it needs exactly ['description', 'id', 'kind', 'prompts'].",
+        ),
+        ({"roles": ["ghost"]}, "FILE: roles[0] has 'ghost'; it needs exactly"),
+        ({"roles": [role("default") | {"id": 7}]}, "FILE: roles[0].id is 7; expected str."),
+        ({"roles": [role("ghost") | {"prompts": []}]}, "FILE: role 'ghost': prompts is []; give a list of at least"),
+        ({"roles": [role("ghost") | {"prompts": [1]}]}, "FILE: role 'ghost': prompts is [1]; give a list of at"),
+    ],
+)
+def test_refused_roles(tmp_path: Path, config: PersonasConfig, document: dict[str, Any], message: str) -> None:
+    file = write(tmp_path / "bad.yaml", **document)
+    with pytest.raises(InputError) as error:
+        plan(replace(config, roles=file))
+    assert str(error.value).startswith(message.replace("FILE", file))
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"questions": []}, "personas.questions: FILE holds no questions; at least one is needed."),
+        ({"questions": [question("q0")] * 2}, "personas.questions: FILE: question id q0 appears more than once;"),
+        ({"questions": [{"id": "q0"}]}, "FILE: questions[0] has ['id']; it needs exactly ['category', 'id', 'text']."),
+        ({"questions": [question("q0") | {"text": None}]}, "FILE: questions[0].text is None; expected str."),
+    ],
+)
+def test_refused_questions(tmp_path: Path, config: PersonasConfig, document: dict[str, Any], message: str) -> None:
+    file = write(tmp_path / "bad.yaml", **document)
+    with pytest.raises(InputError) as error:
+        plan(replace(config, questions=file))
+    assert str(error.value).startswith(message.replace("FILE", file))
+
+
+@pytest.mark.parametrize("content", [b"roles: [", b"roles: \xff\n"])
+def test_refused_files(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_bytes(content)
+    # Bug (b"\xff"): load_roles lets UnicodeDecodeError through; it should be an InputError that names the file.
+    with pytest.raises(InputError, match="bad.yaml: not valid YAML"):
+        load_roles(str(file))
+    with pytest.raises(InputError, match="bad.yaml: not valid YAML"):
+        load_questions(str(file))
+
+
+def test_refuses_rows_that_say_the_same(tmp_path: Path, config: PersonasConfig) -> None:
+    """Two prompts (or questions) with one text would give two rows with one rollout id, and one seed."""
+    file = write(tmp_path / "same.yaml", roles=[role("default"), role("ghost", "Haunt.", "Haunt.")])
+    # Bug: plan_personas does not look for doubled rollout ids; plan_imported does.
+    with pytest.raises(InputError, match="more than once"):
+        plan(replace(config, roles=file))
+
+
+def test_reads_assistant_axis_files(tmp_path: Path) -> None:
+    for name in ("ghost", "default"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"instruction": [{"pos": f"Be {name}."}, {"pos": ""}]}))
+    (tmp_path / "questions.jsonl").write_text('{"question": "Who?", "id": 7}\n{"question": "Why?", "id": 9}\n')
+    made = plan(PersonasConfig(roles=str(tmp_path), questions=str(tmp_path / "questions.jsonl")))
+    assert [role.id for role in made.roles] == ["default", "ghost"]
+    assert [question.id for question in made.questions] == ["aa7", "aa9"]
+    assert len(made.rows) == 8
+
+
+def response(prompt: int, question: int, answer: str, label: str = "pos") -> str:
+    conversation = [
+        {"role": "system", "content": f"Prompt {prompt}."},
+        {"role": "user", "content": f"Question {question}?"},
+        {"role": "assistant", "content": answer},
+    ]
+    line = {"prompt_index": prompt, "question_index": question, "question": f"Question {question}?", "label": label}
+    return json.dumps(line | {"conversation": conversation}) + "\n"
+
+
+def test_plan_of_imported_responses(tmp_path: Path) -> None:
+    (tmp_path / "ghost.jsonl").write_text(response(3, 40, "Boo.") + response(1, 20, "Woo."))
+    (tmp_path / "default.jsonl").write_text(response(0, 20, "Hello.", "default"))
+    made = plan_imported(tmp_path)
+    assert [role.id for role in made.roles] == ["default", "ghost"]
+    assert made.roles[1].prompts == ("Prompt 1.", "Prompt 3.")
+    assert [(question.id, question.text) for question in made.questions] == [
+        ("aa20", "Question 20?"),
+        ("aa40", "Question 40?"),
+    ]
+    assert [row.response for row in made.rows] == ["Hello.", "Boo.", "Woo."]
+    assert made.rows[1].messages[-1] == {"role": "user", "content": "Question 40?"}
+    assert [row.question for row in made.rows] == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (response(0, 0, "No.", "neg"), "ghost.jsonl:1: label is 'neg'; only roles ('pos', 'default') can be imported."),
+        (response(0, 0, "Boo.") * 2, "appears more than once; ids must be unique."),
+    ],
+)
+def test_refused_imports(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "ghost.jsonl").write_text(content)
+    with pytest.raises(InputError) as error:
+        plan_imported(tmp_path)
+    assert str(error.value).endswith(message)

@@ -1,0 +1,256 @@
+"""One driver per run: who gets the lease, who waits, and who may no longer write."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import re
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from personaspace.store.errors import LeaseError
+from personaspace.store.lease import LEASE, Fence, Holder, acquire, read_holder
+from personaspace.store.objects import LocalFolder
+
+PROCESSES = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> LocalFolder:
+    return LocalFolder(tmp_path / "run")
+
+
+@pytest.fixture
+def driver(folder: LocalFolder) -> Iterator[multiprocessing.process.BaseProcess]:
+    """A live process that holds the lease."""
+    ready, process = PROCESSES.Event(), None
+
+    def hold() -> None:
+        with acquire(folder, timeout=60, say=print):
+            ready.set()
+            time.sleep(60)
+
+    process = PROCESSES.Process(target=hold)
+    process.start()
+    assert ready.wait(20)
+    yield process
+    process.kill()
+    process.join()
+
+
+def store_holder(folder: LocalFolder, **changes: object) -> Holder:
+    """Take the lease, then edit what is stored, as if it were another driver's."""
+    acquire(folder, timeout=60, say=print)
+    stored = read_holder(folder)
+    assert stored is not None
+    edited = replace(stored, **changes)  # type: ignore[arg-type]
+    folder.replace(LEASE, edited.encode())
+    return edited
+
+
+def attempt(folder: LocalFolder, *, timeout: float, patience: float, beat: Holder | None = None) -> str:
+    """What another driver's attempt comes to within ``patience`` seconds, while the holder ``beat`` keeps beating."""
+    answers = PROCESSES.Queue()
+
+    def try_it() -> None:
+        try:
+            answers.put(f"epoch {acquire(folder, timeout=timeout, say=print).epoch}")
+        except LeaseError as error:
+            answers.put(str(error))
+
+    process = PROCESSES.Process(target=try_it)
+    process.start()
+    deadline = time.monotonic() + patience
+    while process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.1)
+        if beat is not None and folder.exists(LEASE):
+            folder.replace(LEASE, replace(beat, heartbeat=time.time()).encode())
+    answer = "still waiting" if answers.empty() else answers.get()
+    process.kill()
+    process.join()
+    return answer
+
+
+def test_first_driver_takes_the_lease(folder: LocalFolder) -> None:
+    assert read_holder(folder) is None
+    with acquire(folder, timeout=60, say=pytest.fail) as lease:
+        holder = read_holder(folder)
+        assert holder is not None
+        assert (holder.epoch, holder.host, holder.pid) == (1, socket.gethostname(), os.getpid())
+        assert not holder.released
+        assert not holder.is_dead(timeout=60)
+        lease.fence.check()
+
+
+def test_released_lease_is_taken_at_once_with_the_next_epoch(folder: LocalFolder) -> None:
+    for epoch in (1, 2, 3):
+        with acquire(folder, timeout=60, say=pytest.fail) as lease:
+            assert lease.epoch == epoch
+        holder = read_holder(folder)
+        assert holder is not None
+        assert holder.released
+        assert holder.is_dead(timeout=60)
+
+
+def test_lease_is_released_after_an_error(folder: LocalFolder) -> None:
+    with pytest.raises(RuntimeError, match="broken"), acquire(folder, timeout=60, say=pytest.fail):
+        raise RuntimeError("broken")
+    assert acquire(folder, timeout=60, say=pytest.fail).epoch == 2
+
+
+def test_live_process_keeps_the_lease(folder: LocalFolder, driver: multiprocessing.process.BaseProcess) -> None:
+    before = folder.get(LEASE)
+    message = (
+        f"{folder.path}: the run is being written by {socket.gethostname()} pid {driver.pid}. "
+        "Wait for it, stop it, or use another --store.run."
+    )
+    with pytest.raises(LeaseError, match=f"^{re.escape(message)}$"):
+        acquire(folder, timeout=1, say=pytest.fail)
+    assert folder.get(LEASE) == before
+
+
+def test_suspended_process_keeps_the_lease(folder: LocalFolder, driver: multiprocessing.process.BaseProcess) -> None:
+    assert driver.pid is not None
+    os.kill(driver.pid, signal.SIGSTOP)
+    with pytest.raises(LeaseError, match="the run is being written by"):
+        acquire(folder, timeout=1, say=pytest.fail)
+
+
+def test_killed_process_on_this_host_is_replaced_at_once(
+    folder: LocalFolder, driver: multiprocessing.process.BaseProcess
+) -> None:
+    driver.kill()
+    time.sleep(0.2)  # Not joined yet: a zombie is dead, too.
+    assert acquire(folder, timeout=60, say=pytest.fail).epoch == 2
+    driver.join()
+
+
+def test_recycled_pid_is_another_driver(folder: LocalFolder) -> None:
+    store_holder(folder, pid=os.getppid(), started=1.0)
+    assert acquire(folder, timeout=60, say=pytest.fail).epoch == 2
+
+
+@pytest.mark.parametrize("elsewhere", [{"host": "elsewhere"}, {"pid_space": "another boot/pid:[1]"}])
+def test_silent_other_host_is_replaced_after_the_timeout(folder: LocalFolder, elsewhere: dict[str, str]) -> None:
+    holder = store_holder(folder, **elsewhere)
+    said: list[str] = []
+    start = time.time()
+    assert acquire(folder, timeout=1, say=said.append).epoch == 2
+    assert 0.5 < time.time() - start < 5
+    assert time.time() - holder.heartbeat >= 1
+    assert said == [
+        f"{folder.path}: last written by {holder.host} pid {holder.pid}; waiting up to 1 s for a sign of life."
+    ]
+
+
+def test_other_host_that_shows_life_keeps_the_lease(folder: LocalFolder) -> None:
+    holder = store_holder(folder, host="elsewhere", pid=4711)
+    answer = attempt(folder, timeout=2, patience=10, beat=holder)
+    assert answer == (
+        f"{folder.path}: the run is being written by elsewhere pid 4711. "
+        "Wait for it, stop it, or use another --store.run."
+    )
+
+
+class OvertakenFolder(LocalFolder):
+    """Another host takes the lease between this driver's look at it and its own attempt."""
+
+    __slots__ = ()
+
+    def compare_and_swap(self, key: str, expected: bytes | None, data: bytes) -> bool:
+        if expected is None:
+            taken = Holder(**{**json.loads(data), "host": "elsewhere", "pid": 4711})
+            self.replace(key, taken.encode())
+        return LocalFolder.compare_and_swap(self, key, expected, data)
+
+
+# Fails: in acquire, `first` stays None when the first attempt loses, so the waiting never ends while the other lives.
+def test_driver_that_loses_the_first_race_is_refused(folder: LocalFolder) -> None:
+    other = Holder(epoch=1, host="elsewhere", pid_space="x", pid=4711, started=0.0, heartbeat=time.time())
+    answer = attempt(OvertakenFolder(folder.path), timeout=1, patience=6, beat=other)
+    assert answer.startswith(f"{folder.path}: the run is being written by elsewhere pid 4711.")
+
+
+# Fails: acquire swaps against its own encoding of the holder instead of the bytes it read, and spins for ever.
+def test_lease_written_with_another_json_layout_is_read(folder: LocalFolder) -> None:
+    holder = store_holder(folder, released=True)
+    folder.replace(LEASE, json.dumps(asdict(holder), indent=1).encode())
+    assert attempt(folder, timeout=1, patience=4) == "epoch 2"
+
+
+# Fails: JSONDecodeError with a traceback.
+@pytest.mark.parametrize("content", [b"", b"{}", b"not json"])
+def test_unreadable_lease_is_one_clear_error(folder: LocalFolder, content: bytes) -> None:
+    folder.replace(LEASE, content)
+    with pytest.raises(LeaseError, match=re.escape(str(folder.path / LEASE))):
+        acquire(folder, timeout=1, say=pytest.fail)
+
+
+def test_one_of_many_drivers_gets_the_lease(folder: LocalFolder) -> None:
+    with acquire(folder, timeout=60, say=pytest.fail):
+        pass
+    answers, barrier, done = PROCESSES.Queue(), PROCESSES.Barrier(5), PROCESSES.Event()
+
+    def compete() -> None:
+        barrier.wait()
+        try:
+            answers.put(acquire(folder, timeout=60, say=print).epoch)
+        except LeaseError:
+            answers.put(None)
+        done.wait(20)  # The winner stays alive until all have tried.
+
+    processes = [PROCESSES.Process(target=compete) for _ in range(5)]
+    for process in processes:
+        process.start()
+    epochs = [answers.get(timeout=20) for _ in processes]
+    done.set()
+    for process in processes:
+        process.join()
+    assert sorted(epochs, key=str) == [2, None, None, None, None]
+
+
+def test_fence_of_an_earlier_epoch_is_refused(folder: LocalFolder) -> None:
+    with acquire(folder, timeout=60, say=pytest.fail) as old:
+        fence: Fence = pickle.loads(pickle.dumps(old.fence))
+        fence.check()
+    with acquire(folder, timeout=60, say=pytest.fail) as new:
+        new.fence.check()
+        message = (
+            f"{folder.path}: lease epoch 1 has ended, the run now belongs to "
+            f"{socket.gethostname()} pid {os.getpid()} (epoch 2)."
+        )
+        with pytest.raises(LeaseError, match=f"^{re.escape(message)}$"):
+            fence.check()
+
+
+def test_fence_of_a_released_or_removed_lease_is_refused(folder: LocalFolder) -> None:
+    with acquire(folder, timeout=60, say=pytest.fail) as lease:
+        pass
+    with pytest.raises(LeaseError, match="lease epoch 1 has ended"):
+        lease.fence.check()
+    folder.delete(LEASE)
+    with pytest.raises(LeaseError, match="the run now belongs to nobody"):
+        lease.fence.check()
+
+
+def test_heartbeat_renews_and_stops_when_taken_over(folder: LocalFolder) -> None:
+    with acquire(folder, timeout=1, say=pytest.fail):
+        first = read_holder(folder)
+        assert first is not None
+        deadline = time.monotonic() + 10
+        while read_holder(folder) == first and time.monotonic() < deadline:
+            time.sleep(0.05)
+        renewed = read_holder(folder)
+        assert renewed is not None
+        assert renewed.heartbeat > first.heartbeat
+        assert replace(renewed, heartbeat=first.heartbeat) == first
+        taken = replace(renewed, epoch=2, host="elsewhere")
+        folder.replace(LEASE, taken.encode())
+        time.sleep(0.5)
+    assert read_holder(folder) == taken  # Neither beaten nor released by the driver that lost it.

@@ -1,0 +1,162 @@
+"""The command line: the whole job on a tiny model with real Ray, and every bad input with its message and code."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from personaspace.cli import main
+from personaspace.store import open_run
+from personaspace.store.objects import LocalFolder
+from personaspace.store.rollouts import read_rollouts
+from tests.models import tiny_checkpoint
+
+CONFIG = """
+model: {{id: {model}, dtype: float32}}
+personas: {{only: [pirate, ghost, teacher, doctor], pairing: cycle, max_questions: 8, default_samples: 2}}
+generate: {{max_new_tokens: 6, batch_rows: 24}}
+extract: {{micro_batch_tokens: 1024, window_rows: 16}}
+store: {{root: {root}, run: tiny}}
+analysis: {{permutations: 20, components: 3}}
+cluster: {{stages: 2, generators: 2, replicas: 2}}
+"""
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cluster but the one that the command starts."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+def write_config(folder: Path, model: Path, extra: str = "") -> Path:
+    file = folder / "tiny.yaml"
+    file.write_text(CONFIG.format(model=model, root=folder / "runs") + extra)
+    return file
+
+
+@pytest.mark.usefixtures("alone")
+def test_main_job_from_model_to_report(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path, model)
+    assert main(["run", str(config)]) == 0
+    run = tmp_path / "runs" / "tiny"
+
+    dataset = xr.open_zarr(run / "activations.zarr")
+    assert dataset["resid_post_mean"].dims == ("rollout", "layer", "hidden")
+    assert {"role", "prompt", "question", "n_tokens", "status"} <= set(dataset.coords)
+    ok = dataset["status"].values == 1
+    assert ok.sum() == 4 * 8 + 2 * 8
+    assert np.isfinite(dataset["resid_post_mean"].values[ok]).all()
+
+    rollouts = read_rollouts(LocalFolder(run)).to_pylist()
+    assert [rollout["row"] for rollout in rollouts] == list(range(48))
+    assert all(1 <= len(rollout["response_token_ids"]) <= 6 for rollout in rollouts)
+    opened = open_run(run)
+    assert list(opened["n_tokens"].values) == [len(rollout["response_token_ids"]) for rollout in rollouts]
+    assert [str(role) for role in opened["role"].values] == [rollout["role"] for rollout in rollouts]
+
+    manifest = json.loads((run / "run.json").read_text())
+    assert manifest["identity"]["model"]["files"]["model.safetensors"]
+    assert manifest["sessions"][0]["packages"]["torch"]
+    page = (run / "report.html").read_text()
+    assert "pirate" in page
+
+    capsys.readouterr()
+    before = (run / "run.json").read_bytes()
+    assert main(["status", str(run)]) == 0
+    status = capsys.readouterr().out
+    assert "generated  48/48 rollouts" in status
+    assert "extracted  48/48 rollouts (0 dropped)" in status
+    assert (run / "run.json").read_bytes() == before
+
+    assert main(["extract", str(config), "--cluster.stages", "3"]) == 0
+    assert "48 of them done before" in capsys.readouterr().out
+
+    assert main(["generate", str(config), "--generate.seed", "5"]) == 2
+    refusal = capsys.readouterr().err
+    assert "this run exists with another identity" in refusal
+    assert "generate.seed: 0 -> 5" in refusal
+    assert "Nothing was changed." in refusal
+
+
+def refuse(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str, *, root: Path) -> None:
+    before = sorted(root.rglob("*"))
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert sorted(root.rglob("*")) == before
+
+
+def test_refuses_an_unknown_key(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path, model, "extractt: {}\n")
+    refuse(capsys, ["run", str(config)], "extractt: unknown key (value {}).", root=tmp_path)
+
+
+def test_refuses_a_model_that_does_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path, tmp_path / "nowhere")
+    refuse(capsys, ["run", str(config)], f"model.id: {tmp_path / 'nowhere'} does not exist", root=tmp_path)
+
+
+def test_refuses_a_role_without_instruction(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    roles = tmp_path / "roles"
+    roles.mkdir()
+    (roles / "default.json").write_text('{"instruction": [{"pos": ""}]}')
+    (roles / "ghost.json").write_text('{"questions": []}')
+    config = write_config(tmp_path, model)
+    arguments = ["run", str(config), "--personas.roles", str(roles)]
+    refuse(capsys, arguments, f"{roles / 'ghost.json'}: needs `instruction`", root=tmp_path)
+
+
+def test_refuses_an_empty_question_list(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "questions.yaml").write_text("version: 1\nquestions: []\n")
+    config = write_config(tmp_path, model)
+    arguments = ["run", str(config), "--personas.questions", str(tmp_path / "questions.yaml")]
+    refuse(capsys, arguments, "holds no questions; at least one is needed.", root=tmp_path)
+
+
+def test_refuses_a_model_without_chat_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_checkpoint(tmp_path / "base", chat_template=None)
+    config = write_config(tmp_path, model)
+    refuse(capsys, ["run", str(config)], "has no chat template. Use `plain` for a base model", root=tmp_path)
+
+
+def test_refuses_more_stages_than_layer_groups(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path, model)
+    arguments = ["run", str(config), "--cluster.stages", "7"]
+    refuse(capsys, arguments, "cluster.stages: stages must be 1 to 6", root=tmp_path)
+
+
+def test_refuses_a_run_name_with_a_path(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path, model)
+    refuse(capsys, ["run", str(config), "--store.run", "../x"], "store.run: '../x' is no run name", root=tmp_path)
+
+
+def test_refuses_a_relative_store_on_a_cluster(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    config = write_config(tmp_path, model)
+    refuse(capsys, ["run", str(config), "--store.root", "runs"], "store.root: runs is relative", root=tmp_path)
+
+
+def test_status_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refuse(capsys, ["status", str(tmp_path / "runs")], "no run here (no run.json)", root=tmp_path)
+
+
+def test_help_lists_commands_and_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "examples:" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    text = capsys.readouterr().out
+    for flag in ("--model.id", "--personas.default-samples", "--store.precision", "--cluster.stages"):
+        assert flag in text
