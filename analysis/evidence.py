@@ -14,6 +14,7 @@ from scipy.sparse import csr_array
 from scipy.stats import beta, rankdata
 
 from personaspace.analysis.cells import Cells
+from personaspace.analysis.config import AnalysisConfig
 from personaspace.analysis.space import PersonaSpace
 
 QUANTILE = 0.99
@@ -38,22 +39,14 @@ class Evidence:
 
 
 def gather_evidence(
-    space: PersonaSpace,
-    default: Cells,
-    roles: Cells,
-    kinds: Sequence[str],
-    *,
-    positive: str,
-    negative: str,
-    permutations: int,
-    seed: int,
+    space: PersonaSpace, default: Cells, roles: Cells, kinds: Sequence[str], config: AnalysisConfig
 ) -> Evidence:
     """Put the axis of one layer to the test. ``default`` holds one role, ``roles`` the others, with their ``kinds``.
 
     Held out by question: the axis is fitted on every other question and the roles are placed by the rest, both
     ways, and the two results are averaged.
     """
-    generator = np.random.default_rng(seed)
+    permutations, generator = config.permutations, np.random.default_rng(config.seed)
     auc = auc_null = rank = rank_null = float("nan")
     halves = _halves(default, roles)
     if halves is not None:
@@ -63,7 +56,8 @@ def gather_evidence(
         null = np.stack([_permuted_positions(place_RQ, permutations, generator) for place_RQ in places])
         rank = float(_spearman(observed[0], observed[1]))
         rank_null = float(np.quantile(_spearman(null[0], null[1]), QUANTILE))
-        is_positive, is_negative = (np.array([kind == name for kind in kinds]) for name in (positive, negative))
+        is_positive = np.array([kind == config.positive_kind for kind in kinds])
+        is_negative = np.array([kind == config.negative_kind for kind in kinds])
         if is_positive.any() and is_negative.any():
             auc = float(_auc(observed, is_positive, is_negative).mean())
             auc_null = float(np.quantile(_auc(null, is_positive, is_negative).mean(axis=0), QUANTILE))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from personaspace.analysis.cells import cell_of_row, cells_from_sums, lazy_cell_sums, usable_rows
 from personaspace.analysis.config import AnalysisConfig
 from personaspace.analysis.evidence import Evidence, gather_evidence
-from personaspace.analysis.space import PersonaSpace, fit_space
+from personaspace.analysis.space import PersonaSpace, align_layers, fit_space
 from personaspace.store import open_run
 from personaspace.store.errors import InputError
 from personaspace.store.manifest import read_manifest
@@ -42,11 +42,8 @@ def compute_space(run_folder: Path, config: AnalysisConfig) -> xr.Dataset:
     run = open_run(run_folder)
     manifest = read_manifest(LocalFolder(run_folder))
     assert manifest is not None
+    target = target_layer(config, manifest.layout.layers)
     roles: list[Any] = list(manifest.tables["roles"])
-    target = config.target_layer if config.target_layer is not None else manifest.layout.layers // 2
-    if target >= manifest.layout.layers:
-        raise InputError(f"analysis.target_layer: {target}; the model has layers 0 to {manifest.layout.layers - 1}.")
-
     questions = len(manifest.tables["questions"])
     cell_N = cell_of_row(run, questions)
     count_R = np.bincount(cell_N[cell_N >= 0] // questions, minlength=len(roles))
@@ -57,65 +54,32 @@ def compute_space(run_folder: Path, config: AnalysisConfig) -> xr.Dataset:
             f"{run_folder}: {len(default)} of `default` and {len(others)} other roles have usable rollouts; the axis "
             "needs `default` and at least two roles. Let extraction go on, then fit again."
         )
-    kinds = [roles[index]["kind"] for index in others]
 
     def fit_layer(sum_DC: NDArray[np.float64]) -> tuple[PersonaSpace, Evidence]:
         cells = cells_from_sums(sum_DC, cell_N, len(roles), questions)
         default_cells, role_cells = cells.roles(default), cells.roles(others)
         space = fit_space(default_cells.role_means()[0], role_cells.role_means(), config.components)
-        evidence = gather_evidence(
-            space,
-            default_cells,
-            role_cells,
-            kinds,
-            positive=config.positive_kind,
-            negative=config.negative_kind,
-            permutations=config.permutations,
-            seed=config.seed,
-        )
-        return space, evidence
+        kinds = [roles[index]["kind"] for index in others]
+        return space, gather_evidence(space, default_cells, role_cells, kinds, config)
 
     sums = lazy_cell_sums(run, cell_N, len(roles) * questions)
     layers = dask.compute(*(dask.delayed(fit_layer)(sum_DC) for sum_DC in sums))
-    spaces = [space for space, _ in layers]
-    position_NL, score_NLK = _project(run, spaces)
-
+    spaces = align_layers([space for space, _ in layers])
     rows = usable_rows(run)
-    stacked = {name: np.stack([getattr(space, name) for space in spaces]) for name in PersonaSpace.__dataclass_fields__}
-    role_RLD = stacked["role_RD"].swapaxes(0, 1)
-    centred_RLD = role_RLD - np.stack([space.origin_D for space in spaces])
-    measures = {
-        name: ("layer", [getattr(evidence, name) for _, evidence in layers]) for name in Evidence.__dataclass_fields__
+    position_NL, score_NLK = _project(run, spaces)
+    arrays = {
+        **_space_arrays(spaces),
+        "rollout_position": (("rollout", "layer"), position_NL[rows]),
+        "rollout_score": (("rollout", "layer", "component"), score_NLK[rows]),
     }
-    dataset = xr.Dataset(
-        {
-            "role_vector": (("role", "layer", "hidden"), role_RLD),
-            "default_vector": (("layer", "hidden"), stacked["default_D"]),
-            "axis": (("layer", "hidden"), stacked["axis_D"]),
-            "axis_norm": ("layer", np.linalg.norm(stacked["axis_D"], axis=1)),
-            "component_vector": (("layer", "component", "hidden"), stacked["component_KD"]),
-            "explained_variance_ratio": (("layer", "component"), stacked["variance_ratio_K"]),
-            "role_score": (
-                ("role", "layer", "component"),
-                np.einsum("rld,lkd->rlk", centred_RLD, stacked["component_KD"]),
-            ),
-            # default - origin is the axis itself.
-            "default_score": (
-                ("layer", "component"),
-                np.einsum("ld,lkd->lk", stacked["axis_D"], stacked["component_KD"]),
-            ),
-            "role_position": (
-                ("role", "layer"),
-                np.einsum("rld,ld->rl", centred_RLD, np.stack([space.scale_D for space in spaces])),
-            ),
-            "rollout_position": (("rollout", "layer"), position_NL[rows]),
-            "rollout_score": (("rollout", "layer", "component"), score_NLK[rows]),
-            **measures,
-        },
+    for measure in Evidence.__dataclass_fields__:
+        arrays[measure] = (("layer",), np.array([getattr(evidence, measure) for _, evidence in layers]))
+    return xr.Dataset(
+        {name: (dims, values.astype(np.float32)) for name, (dims, values) in arrays.items()},
         coords={
             "layer": run["layer"].values,
             "role": _text([roles[index]["id"] for index in others]),
-            "role_kind": ("role", _text(kinds)),
+            "role_kind": ("role", _text([roles[index]["kind"] for index in others])),
             "role_description": ("role", _text([roles[index]["description"] for index in others])),
             "role_count": ("role", count_R[others]),
             "rollout_row": ("rollout", rows),
@@ -131,7 +95,15 @@ def compute_space(run_folder: Path, config: AnalysisConfig) -> xr.Dataset:
             "fitted": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
     )
-    return dataset.astype(dict.fromkeys(dataset.data_vars, np.float32))
+
+
+def target_layer(config: AnalysisConfig, layers: int) -> int:
+    """The configured target layer, or the middle of the model. Raises InputError if the model has no such layer."""
+    if config.target_layer is None:
+        return layers // 2
+    if config.target_layer >= layers:
+        raise InputError(f"analysis.target_layer: {config.target_layer}; the model has layers 0 to {layers - 1}.")
+    return config.target_layer
 
 
 def save_space(run_folder: Path, space: xr.Dataset) -> None:
@@ -158,6 +130,28 @@ def open_space(run_folder: Path) -> xr.Dataset:
     texts = {name: space[name].astype(object).astype(str) for name in space.coords if space[name].dtype.kind == "T"}
     opened: xr.Dataset = space.assign_coords(texts)
     return opened
+
+
+def _space_arrays(spaces: list[PersonaSpace]) -> dict[str, tuple[tuple[str, ...], NDArray[np.float64]]]:
+    """Name -> (dims, values) of all that the layers' spaces hold."""
+    default_LD, axis_LD, origin_LD, scale_LD, component_LKD, variance_ratio_LK = (
+        np.stack([getattr(space, name) for space in spaces])
+        for name in ("default_D", "axis_D", "origin_D", "scale_D", "component_KD", "variance_ratio_K")
+    )
+    role_RLD = np.stack([space.role_RD for space in spaces], axis=1)
+    centred_RLD = role_RLD - origin_LD
+    return {
+        "role_vector": (("role", "layer", "hidden"), role_RLD),
+        "default_vector": (("layer", "hidden"), default_LD),
+        "axis": (("layer", "hidden"), axis_LD),
+        "axis_norm": (("layer",), np.linalg.norm(axis_LD, axis=1)),
+        "component_vector": (("layer", "component", "hidden"), component_LKD),
+        "explained_variance_ratio": (("layer", "component"), variance_ratio_LK),
+        "role_score": (("role", "layer", "component"), np.einsum("rld,lkd->rlk", centred_RLD, component_LKD)),
+        # default - origin is the axis itself.
+        "default_score": (("layer", "component"), np.einsum("ld,lkd->lk", axis_LD, component_LKD)),
+        "role_position": (("role", "layer"), np.einsum("rld,ld->rl", centred_RLD, scale_LD)),
+    }
 
 
 def _project(run: xr.Dataset, spaces: list[PersonaSpace]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -3,7 +3,8 @@
 Shape suffixes: R roles without default, D hidden, K components.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ class PersonaSpace:
     axis_D: NDArray[np.float64]
     """mean(default) - mean(role vectors): points to the Assistant."""
     component_KD: NDArray[np.float64]
-    """Unit vectors. PC1 points to the Assistant; of the others the largest loading is positive."""
+    """Unit vectors. PC1 points to the Assistant; the others' signs are free, and fixed by the largest loading."""
     variance_ratio_K: NDArray[np.float64]
 
     @property
@@ -56,3 +57,14 @@ def fit_space(default_D: NDArray[np.float64], role_RD: NDArray[np.float64], comp
         component_KD=component_KD,
         variance_ratio_K=pca.explained_variance_ratio_,
     )
+
+
+def align_layers(spaces: Sequence[PersonaSpace]) -> list[PersonaSpace]:
+    """Give PC2 and on the sign that continues the layer before, so that maps don't mirror from layer to layer."""
+    aligned = [spaces[0]]
+    for space in spaces[1:]:
+        agreement_K = np.einsum("kd,kd->k", space.component_KD, aligned[-1].component_KD)
+        sign_K = np.where(agreement_K < 0, -1.0, 1.0)
+        sign_K[0] = 1.0
+        aligned.append(replace(space, component_KD=space.component_KD * sign_K[:, None]))
+    return aligned

@@ -77,7 +77,7 @@ def _run(config: RunConfig, steps: Sequence[str]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging as transformers_logging
 
-    from personaspace.analysis.fit import fit
+    from personaspace.analysis.fit import fit, target_layer
     from personaspace.analysis.publish import publish_report
     from personaspace.cluster.extraction import check_stages, extract
     from personaspace.cluster.generation import generate
@@ -98,6 +98,7 @@ def _run(config: RunConfig, steps: Sequence[str]) -> None:
             execution={"cluster": asdict(config.cluster), "analysis": asdict(config.analysis)},
         )
         check_stages(job, config.cluster)
+        target_layer(config.analysis, job.layout.layers)
         print(f"run {job.folder.path}  (identity {job.manifest.identity_hash}, {job.layout.rows} rollouts)", flush=True)
         if {"generate", "extract"} & set(steps):
             with ExitStack() as stack:

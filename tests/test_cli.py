@@ -133,6 +133,14 @@ def test_refuses_more_stages_than_layer_groups(tmp_path: Path, model: Path, caps
     refuse(capsys, arguments, "cluster.stages: stages must be 1 to 6", root=tmp_path)
 
 
+def test_refuses_a_target_layer_beyond_the_model(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, model)
+    arguments = ["run", str(config), "--analysis.target-layer", "6"]
+    refuse(capsys, arguments, "analysis.target_layer: 6; the model has layers 0 to 5.", root=tmp_path)
+
+
 def test_refuses_a_run_name_with_a_path(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config(tmp_path, model)
     refuse(capsys, ["run", str(config), "--store.run", "../x"], "store.run: '../x' is no run name", root=tmp_path)

@@ -6,6 +6,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
 from personaspace.analysis.cells import Cells
+from personaspace.analysis.config import AnalysisConfig
 from personaspace.analysis.evidence import Evidence, _auc, _spearman, gather_evidence
 from personaspace.analysis.space import fit_space
 
@@ -19,9 +20,7 @@ def cells(mean_RQD: np.ndarray, rollouts: int = 1) -> Cells:
 
 def evidence_of(default: Cells, roles: Cells, kinds: list[str] = KINDS, seed: int = 0) -> Evidence:
     space = fit_space(default.role_means()[0], roles.role_means(), components=3)
-    return gather_evidence(
-        space, default, roles, kinds, positive="professional", negative="fantastical", permutations=100, seed=seed
-    )
+    return gather_evidence(space, default, roles, kinds, AnalysisConfig(permutations=100, seed=seed))
 
 
 def rollouts(strength: float, seed: int) -> tuple[Cells, Cells]:

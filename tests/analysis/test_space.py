@@ -1,11 +1,13 @@
 """Axis and persona space of one layer."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from personaspace.analysis.space import fit_space
+from personaspace.analysis.space import align_layers, fit_space
 
 
 def planted(seed: int, roles: int = 12, hidden: int = 20) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -51,3 +53,13 @@ def test_components_are_orthonormal_sorted_and_limited_by_the_roles() -> None:
     assert space.variance_ratio_K.sum() == pytest.approx(1)
     largest = np.take_along_axis(space.component_KD, np.abs(space.component_KD).argmax(1)[:, None], 1)
     assert (largest[1:] > 0).all()
+
+
+def test_layers_continue_each_other_and_pc1_stays() -> None:
+    default_D, role_RD, _ = planted(3)
+    space = fit_space(default_D, role_RD, components=4)
+    mirrored = replace(space, component_KD=-space.component_KD)
+    first, second = align_layers([space, mirrored])
+    assert first is space
+    np.testing.assert_array_equal(second.component_KD[0], mirrored.component_KD[0])
+    np.testing.assert_array_equal(second.component_KD[1:], space.component_KD[1:])

@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -90,18 +91,13 @@ def test_first_driver_takes_the_lease(folder: LocalFolder) -> None:
 
 def test_released_lease_is_taken_at_once_with_the_next_epoch(folder: LocalFolder) -> None:
     for epoch in (1, 2, 3):
-        with acquire(folder, timeout=60, say=pytest.fail) as lease:
+        with suppress(ZeroDivisionError), acquire(folder, timeout=60, say=pytest.fail) as lease:
             assert lease.epoch == epoch
+            1 / (epoch - 2)  # An error releases it, too.
         holder = read_holder(folder)
         assert holder is not None
         assert holder.released
         assert holder.is_dead(timeout=60)
-
-
-def test_lease_is_released_after_an_error(folder: LocalFolder) -> None:
-    with pytest.raises(RuntimeError, match="broken"), acquire(folder, timeout=60, say=pytest.fail):
-        raise RuntimeError("broken")
-    assert acquire(folder, timeout=60, say=pytest.fail).epoch == 2
 
 
 def test_live_process_keeps_the_lease(folder: LocalFolder, driver: multiprocessing.process.BaseProcess) -> None:
