@@ -54,22 +54,33 @@ def read_responses(folder: Path) -> list[Response]:
             missing = {"prompt_index", "question_index", "question", "label", "conversation"} - line.keys()
             if missing:
                 raise InputError(f"{where}: lacks {', '.join(sorted(missing))}.")
-            conversation = line["conversation"]
-            if not conversation or conversation[-1].get("role") != "assistant":
-                raise InputError(f"{where}: the conversation does not end with an assistant turn.")
+            conversation = _turns(where, line["conversation"])
+            if not isinstance(line["prompt_index"], int) or not isinstance(line["question_index"], int):
+                raise InputError(f"{where}: prompt_index and question_index must be whole numbers.")
             responses.append(
                 Response(
                     role=file.stem,
-                    prompt=int(line["prompt_index"]),
-                    question=int(line["question_index"]),
-                    question_text=line["question"],
-                    label=line["label"],
-                    # The reference writes an empty system message where there is none.
-                    conversation=tuple(turn for turn in conversation if turn["role"] != "system" or turn["content"]),
+                    prompt=line["prompt_index"],
+                    question=line["question_index"],
+                    question_text=str(line["question"]),
+                    label=str(line["label"]),
+                    conversation=conversation,
                     where=where,
                 )
             )
     return responses
+
+
+def _turns(where: str, conversation: Any) -> tuple[dict[str, str], ...]:
+    """A checked conversation, without the empty system message that the reference writes where there is none."""
+    if not isinstance(conversation, list) or not all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in conversation
+    ):
+        raise InputError(f'{where}: the conversation must be a list of {{"role": text, "content": text}}.')
+    if not conversation or conversation[-1]["role"] != "assistant":
+        raise InputError(f"{where}: the conversation does not end with an assistant turn.")
+    return tuple(turn for turn in conversation if turn["role"] != "system" or turn["content"])
 
 
 def _read_prompts(file: Path) -> tuple[str, ...]:
@@ -79,9 +90,8 @@ def _read_prompts(file: Path) -> tuple[str, ...]:
         raise InputError(f"{file}: not valid JSON: {error}") from error
     instructions = entry.get("instruction") if isinstance(entry, dict) else None
     if not isinstance(instructions, list) or not instructions:
-        raise InputError(
-            f'{file}: needs `instruction`, a list of {{"pos": "system prompt"}}; keys are {sorted(entry)}.'
-        )
+        found = sorted(entry) if isinstance(entry, dict) else f"a JSON {type(entry).__name__}"
+        raise InputError(f'{file}: needs `instruction`, a list of {{"pos": "system prompt"}}; it has {found}.')
     prompts = [item["pos"] for item in instructions if isinstance(item, dict) and isinstance(item.get("pos"), str)]
     if len(prompts) < len(instructions):
         raise InputError(f"{file}: every entry of `instruction` needs a text under `pos`.")

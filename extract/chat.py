@@ -39,9 +39,14 @@ class ChatFormat:
         probe = [{"role": "system", "content": "probe"}, {"role": "user", "content": "probe"}]
         try:
             self.render(probe, add_generation_prompt=True)
-        except TemplateError:
+        except TemplateError as refusal:
             self.system_policy = "folded"
-            self.render(probe, add_generation_prompt=True)
+            try:
+                self.render(probe, add_generation_prompt=True)
+            except TemplateError as error:
+                raise InputError(
+                    f"model.chat_template: {config.chat_template} cannot render a conversation: {error}"
+                ) from refusal
 
     @property
     def template_hash(self) -> str:

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from transformers import AutoConfig
 
 from personaspace.extract.config import ModelConfig
 from personaspace.store.errors import InputError
 
-_HASHED = (".json", ".jinja", ".model", ".safetensors", ".bin", ".py")
+_HASHED = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin", ".py")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +54,10 @@ def resolve(config: ModelConfig) -> Checkpoint:
     except (OSError, ValueError) as error:
         raise InputError(f"model.id: {source}: transformers cannot read its config: {error}") from error
     text = loaded.get_text_config()
+    if not hasattr(text, "num_hidden_layers") or not hasattr(text, "hidden_size"):
+        raise InputError(
+            f"model.id: {source} is a {loaded.model_type} model; only decoder language models can be used."
+        )
     return Checkpoint(
         source=source,
         name=Path(source).name,
@@ -72,7 +75,7 @@ def _resolve_hub(config: ModelConfig) -> tuple[str, str, dict[str, str]]:
     try:
         info = HfApi().model_info(config.id, revision=config.revision, files_metadata=True)
         snapshot_download(config.id, revision=info.sha, allow_patterns=["*.json", "*.jinja", "*.model"])
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+    except Exception as error:  # The hub's HTTP library, and with it the errors of a dead network, has changed before.
         raise InputError(
             f"model.id: {config.id} is no local folder, and the Hugging Face hub does not give it"
             f"{f' at revision {config.revision}' if config.revision else ''}: {error}"

@@ -116,47 +116,48 @@ def plan_personas(config: PersonasConfig, *, model_name: str, generation: str) -
 def plan_imported(folder: Path) -> PersonaPlan:
     """The plan of finished assistant-axis responses: rows in the order of their files, `default` first.
 
-    Raises InputError for responses to negative trait prompts, which are no roles, and for doubled responses.
+    Raises InputError naming FILE:LINE for responses to negative trait prompts, which are no roles, for doubled
+    responses, and where one index stands for two questions or prompts.
     """
     responses = assistant_axis.read_responses(folder)
     names = sorted({response.role for response in responses}, key=lambda name: (name != DEFAULT_ROLE, name))
     texts: dict[int, str] = {}
     prompts: dict[str, dict[int, str]] = {name: {} for name in names}
+    seen: dict[str, str] = {}
+    ids = []
     for response in responses:
+        *messages, answer = response.conversation
+        system = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
+        ids.append(rollout_id(response.role, messages, f"imported {answer['content']}", 0))
         if response.label == "neg":
             raise InputError(f"{response.where}: label is 'neg'; only roles ('pos', 'default') can be imported.")
-        texts[response.question] = response.question_text
-        first = response.conversation[0]
-        prompts[response.role][response.prompt] = first["content"] if first["role"] == "system" else ""
+        if texts.setdefault(response.question, response.question_text) != response.question_text:
+            raise InputError(f"{response.where}: question_index {response.question} has another question before.")
+        if prompts[response.role].setdefault(response.prompt, system) != system:
+            raise InputError(f"{response.where}: prompt_index {response.prompt} has another system prompt before.")
+        if seen.setdefault(ids[-1], response.where) != response.where:
+            raise InputError(f"{response.where}: the same response as {seen[ids[-1]]}; remove one of the two.")
     questions = sorted(texts)
-    rows: list[PlannedRollout] = []
-    for response in sorted(responses, key=lambda response: names.index(response.role)):
-        *messages, answer = response.conversation
-        rows.append(
-            PlannedRollout(
-                row=len(rows),
-                role_id=names.index(response.role),
-                prompt=response.prompt,
-                question=questions.index(response.question),
-                sample=0,
-                rollout_id=rollout_id(response.role, messages, f"imported {answer['content']}", 0),
-                messages=tuple(messages),
-                response=answer["content"],
-            )
-        )
-    _refuse_duplicates([row.rollout_id for row in rows], f"generate.responses: {folder}", "rollout")
+    ordered = sorted(zip(ids, responses, strict=True), key=lambda pair: names.index(pair[1].role))
     return PersonaPlan(
         roles=tuple(
-            Role(
-                id=name,
-                kind="unknown",
-                description="",
-                prompts=tuple(text for _, text in sorted(prompts[name].items())),
-            )
+            Role(id=name, kind="unknown", description="", prompts=tuple(dict(sorted(prompts[name].items())).values()))
             for name in names
         ),
         questions=tuple(Question(id=f"aa{number}", category="unknown", text=texts[number]) for number in questions),
-        rows=tuple(rows),
+        rows=tuple(
+            PlannedRollout(
+                row=row,
+                role_id=names.index(response.role),
+                prompt=sorted(prompts[response.role]).index(response.prompt),
+                question=questions.index(response.question),
+                sample=0,
+                rollout_id=permanent_id,
+                messages=response.conversation[:-1],
+                response=response.conversation[-1]["content"],
+            )
+            for row, (permanent_id, response) in enumerate(ordered)
+        ),
     )
 
 
@@ -177,10 +178,12 @@ def load_roles(source: str) -> list[Role]:
             for name, prompts in assistant_axis.read_roles(path)
         ]
     elif path.is_file():
-        roles = _parse_roles(path.read_text(encoding="utf-8"), str(path))
+        roles = _parse_roles(_read(path), str(path))
     else:
         raise InputError(f"personas.roles: {source} does not exist; give `builtin`, a YAML file, or a folder of JSONs.")
     _refuse_duplicates([role.id for role in roles], f"personas.roles: {source}", "role id")
+    for role in roles:
+        _refuse_duplicates(role.prompts, f"personas.roles: {source}: role {role.id!r}", "prompt")
     return sorted(roles, key=lambda role: role.id != DEFAULT_ROLE)
 
 
@@ -194,8 +197,9 @@ def load_questions(source: str) -> list[Question]:
     elif path.suffix == ".jsonl":
         questions = [Question(id=i, category="unknown", text=text) for i, text in assistant_axis.read_questions(path)]
     else:
-        questions = _parse_questions(path.read_text(encoding="utf-8"), str(path))
+        questions = _parse_questions(_read(path), str(path))
     _refuse_duplicates([question.id for question in questions], f"personas.questions: {source}", "question id")
+    _refuse_duplicates([question.text for question in questions], f"personas.questions: {source}", "question")
     return questions
 
 
@@ -231,6 +235,13 @@ def _messages(system: str, question: str) -> tuple[dict[str, str], ...]:
     return ({"role": "system", "content": system}, user) if system else (user,)
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text: {error}") from error
+
+
 def _builtin(name: str) -> str:
     return (resources.files("personaspace") / "configs" / "personas" / name).read_text(encoding="utf-8")
 
@@ -263,7 +274,7 @@ def _entries(text: str, where: str, key: str, fields: Mapping[str, type]) -> lis
         raise InputError(f"{where}: needs a list under `{key}:`.")
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or entry.keys() != fields.keys():
-            found = sorted(entry) if isinstance(entry, dict) else entry
+            found = sorted(map(str, entry)) if isinstance(entry, dict) else entry
             raise InputError(f"{where}: {key}[{number}] has {found!r}; it needs exactly {sorted(fields)}.")
         for name, expected in fields.items():
             if not isinstance(entry[name], expected):
@@ -274,4 +285,4 @@ def _entries(text: str, where: str, key: str, fields: Mapping[str, type]) -> lis
 def _refuse_duplicates(ids: Sequence[str], where: str, what: str) -> None:
     double = sorted(name for name, count in Counter(ids).items() if count > 1)
     if double:
-        raise InputError(f"{where}: {what} {', '.join(double)} appears more than once; ids must be unique.")
+        raise InputError(f"{where}: {what} {', '.join(double)} appears more than once; each must be unique.")

@@ -28,7 +28,10 @@ class SpanMeans:
             (layers, weights_BT.shape[0], hidden), dtype=torch.float32, device=weights_BT.device
         )
         self._weights_B1T = weights_BT[:, None, :]
+        self._outside_BT1 = weights_BT[:, :, None] == 0
 
     def add(self, index: int, h_BTD: torch.Tensor) -> None:
         """Reduce the hidden states of the stage's layer number ``index``."""
-        torch.bmm(self._weights_B1T, h_BTD.float(), out=self.means_LBD[index][:, None, :])
+        # Outside its span a row may overflow (0 * inf is NaN), and that must not cost it.
+        inside_BTD = h_BTD.float().masked_fill(self._outside_BT1, 0.0)
+        torch.bmm(self._weights_B1T, inside_BTD, out=self.means_LBD[index][:, None, :])

@@ -21,9 +21,8 @@ def locate_response(chat: ChatFormat, messages: Sequence[Message], response: str
     full_text = chat.render([*turns, {"role": "assistant", "content": response}], add_generation_prompt=False)
     if not full_text.startswith(prompt_text):
         raise UnstableBoundaryError("the chat template renders the prompt differently once a response follows")
-    start = _response_start(full_text, len(prompt_text), response)
-    # Templates such as Llama's trim the content; the spaces they cut are no tokens.
-    stop = start + len(response if full_text.startswith(response, start) else response.strip())
+    start = len(prompt_text)
+    stop = start + len(_written(full_text[start:], response))
 
     encoded = chat.tokenizer(full_text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
@@ -36,11 +35,13 @@ def locate_response(chat: ChatFormat, messages: Sequence[Message], response: str
     return ids[:first], ids[first : max(first, last)]
 
 
-def _response_start(full_text: str, prompt_end: int, response: str) -> int:
-    for content in (response, response.strip()):
-        if full_text.startswith(content, prompt_end):
-            return prompt_end
-        # The plain template ends its prompt without the space that precedes a response.
-        if full_text.startswith(" " + content, prompt_end):
-            return prompt_end + 1
+def _written(rest: str, response: str) -> str:
+    """The response as it stands at the beginning of ``rest``.
+
+    Templates such as Llama's trim it; the plain one puts a space before it, which belongs to its first token, just
+    as in a generated response.
+    """
+    for content in (response, response.strip(), f" {response}", f" {response.strip()}"):
+        if rest.startswith(content):
+            return content
     raise UnstableBoundaryError("the rendered conversation does not contain the response as written")

@@ -120,17 +120,27 @@ def load_slice(checkpoint: Checkpoint, *, first: int, stop: int, dtype: Dtype, d
         backbone_class.__init__(self, *args, **kwargs)
         _prune(self, checkpoint.layers, range(first, stop))
 
-    # Tensors of other stages are unexpected on purpose.
-    overrides = {"__init__": prune_on_init, "_keys_to_ignore_on_load_unexpected": [r".*"]}
+    overrides = {
+        "__init__": prune_on_init,
+        # With another module transformers takes the class for custom code and skips its weight conversions.
+        "__module__": backbone_class.__module__,
+        # Tensors of other stages are unexpected on purpose.
+        "_keys_to_ignore_on_load_unexpected": [r".*"],
+    }
     sliced: Any = type(backbone_class.__name__, (backbone_class,), overrides)
-    model, loading = sliced.from_pretrained(
-        checkpoint.source,
-        config=config,
-        dtype=getattr(torch, dtype),
-        device_map=str(device),
-        output_loading_info=True,
-        **checkpoint.loading(),
-    )
+    try:
+        model, loading = sliced.from_pretrained(
+            checkpoint.source,
+            config=config,
+            dtype=getattr(torch, dtype),
+            device_map=str(device),
+            output_loading_info=True,
+            **checkpoint.loading(),
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"{checkpoint.source}: transformers cannot load layers {first} to {stop - 1}: {error}"
+        ) from error
     if loading["missing_keys"]:
         # transformers would fill them with random numbers and only warn.
         missing = ", ".join(sorted(loading["missing_keys"])[:5])

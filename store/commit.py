@@ -4,6 +4,7 @@ Readers trust only records. A crash between publish and record leaves objects wi
 writer validates and adopts them, or replaces them. Work that remains = plan minus records.
 """
 
+import hashlib
 import json
 import os
 import socket
@@ -11,8 +12,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
-
-import google_crc32c
 
 from personaspace.store.errors import IntegrityError
 from personaspace.store.lease import Fence
@@ -35,8 +34,8 @@ class StoredObject:
 
     key: str
     bytes: int
-    crc32c: str
-    """Checksum of the whole object, 8 hex digits."""
+    sha256: str
+    """Of the whole object, in hex. No CRC-32C: over bytes that end in their own it is the same for any content."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,6 +127,11 @@ def commit(
     replaced otherwise; without ``inspect`` any difference is replaced. Generations above 0 replace on purpose.
     If another writer recorded the slot meanwhile, its record is returned. Raises LeaseError when fenced out.
     """
+    fence.check()
+    try:
+        return Record.decode(fence.folder.get(record_key(slot, generation)))
+    except FileNotFoundError:
+        pass  # The usual case: nobody has committed the slot.
     stored = []
     adopted = False
     for key, data in objects.items():
@@ -142,7 +146,7 @@ def commit(
                 fence.folder.replace(key, data)
         elif generation > 0:
             fence.folder.replace(key, data)
-        stored.append(StoredObject(key=key, bytes=len(data), crc32c=crc32c(data)))
+        stored.append(describe(key, data))
     return _publish_record(fence, slot, stored, rows=rows, dropped=dropped, generation=generation, adopted=adopted)
 
 
@@ -155,13 +159,23 @@ def adopt(fence: Fence, slot: Slot, key: str, *, rows: range, inspect: Inspect) 
     dropped = _inspect(inspect, data)
     if dropped is None:
         return None
-    stored = StoredObject(key=key, bytes=len(data), crc32c=crc32c(data))
-    return _publish_record(fence, slot, [stored], rows=rows, dropped=dropped, generation=0, adopted=True)
+    return _publish_record(fence, slot, [describe(key, data)], rows=rows, dropped=dropped, generation=0, adopted=True)
 
 
-def crc32c(data: bytes) -> str:
-    """Checksum as 8 hex digits."""
-    return f"{google_crc32c.value(data):08x}"
+def describe(key: str, data: bytes) -> StoredObject:
+    """What a record says of an object."""
+    return StoredObject(key=key, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def read_object(folder: LocalFolder, stored: StoredObject) -> bytes:
+    """Bytes of a recorded object. Raises IntegrityError if it is missing or not what the record says."""
+    try:
+        data = folder.get(stored.key)
+    except FileNotFoundError as error:
+        raise IntegrityError(f"{folder.path / stored.key}: is recorded, but missing.") from error
+    if describe(stored.key, data) != stored:
+        raise IntegrityError(f"{folder.path / stored.key}: {len(data)} bytes that differ from their record.")
+    return data
 
 
 def _inspect(inspect: Inspect, data: bytes) -> Mapping[int, str] | None:

@@ -107,10 +107,8 @@ class Lease:
 
 def read_holder(folder: LocalFolder) -> Holder | None:
     """Current content of ``lease.json``, or None where no driver ever was."""
-    try:
-        return Holder(**json.loads(folder.get(LEASE)))
-    except FileNotFoundError:
-        return None
+    data = _read(folder)
+    return None if data is None else _decode(folder, data)
 
 
 def acquire(folder: LocalFolder, *, timeout: float, say: Callable[[str], None]) -> Lease:
@@ -120,9 +118,11 @@ def acquire(folder: LocalFolder, *, timeout: float, say: Callable[[str], None]) 
     seconds of silence, which ``say`` reports. Raises LeaseError if the holder shows a sign of life.
     """
     told = False
-    first = read_holder(folder)
+    first = None
     while True:
-        current = read_holder(folder)
+        data = _read(folder)
+        current = None if data is None else _decode(folder, data)
+        first = first or current
         if current is None or current.is_dead(timeout):
             me = psutil.Process()
             holder = Holder(
@@ -133,11 +133,11 @@ def acquire(folder: LocalFolder, *, timeout: float, say: Callable[[str], None]) 
                 started=me.create_time(),
                 heartbeat=time.time(),
             )
-            if folder.compare_and_swap(LEASE, None if current is None else current.encode(), holder.encode()):
+            if folder.compare_and_swap(LEASE, data, holder.encode()):
                 return Lease(folder, holder, interval=timeout / 6)
             continue
         where = f"{current.host} pid {current.pid}"
-        if current.is_local() or (first is not None and current != first):
+        if current.is_local() or current != first:
             raise LeaseError(
                 f"{folder.path}: the run is being written by {where}. Wait for it, stop it, or use another --store.run."
             )
@@ -145,6 +145,22 @@ def acquire(folder: LocalFolder, *, timeout: float, say: Callable[[str], None]) 
             say(f"{folder.path}: last written by {where}; waiting up to {timeout:.0f} s for a sign of life.")
             told = True
         time.sleep(min(1.0, timeout / 10))
+
+
+def _read(folder: LocalFolder) -> bytes | None:
+    try:
+        return folder.get(LEASE)
+    except FileNotFoundError:
+        return None
+
+
+def _decode(folder: LocalFolder, data: bytes) -> Holder:
+    try:
+        return Holder(**json.loads(data))
+    except (ValueError, TypeError) as error:
+        raise LeaseError(
+            f"{folder.path / LEASE}: not a lease ({error}). If no driver is running, delete this file."
+        ) from error
 
 
 def _pid_space() -> str:

@@ -43,9 +43,10 @@ class Manifest:
     def decode(cls, data: bytes, where: str) -> "Manifest":
         try:
             raw = json.loads(data)
-            version, stored_hash = raw["schema_version"], raw.pop("identity_hash")
+            version = raw["schema_version"]
             if version != SCHEMA_VERSION:
                 raise IntegrityError(f"{where}: schema_version {version} is not readable, this is {SCHEMA_VERSION}.")
+            stored_hash = raw.pop("identity_hash")
             manifest = cls(**{**raw, "layout": Layout(**raw["layout"])})
         except (ValueError, TypeError, KeyError) as error:
             raise IntegrityError(f"{where}: not a run manifest ({error!r}).") from error
@@ -83,17 +84,18 @@ def write_session(folder: LocalFolder, manifest: Manifest, planned: Manifest, se
 def identity_diff(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """Lines ``key: stored -> asked`` for every leaf that differs."""
     flat_stored, flat_asked = dict(_leaves(stored)), dict(_leaves(asked))
-    absent = "(absent)"
-    return [
-        f"{key}: {flat_stored.get(key, absent)} -> {flat_asked.get(key, absent)}"
-        for key in sorted(flat_stored.keys() | flat_asked.keys())
-        if flat_stored.get(key, absent) != flat_asked.get(key, absent)
-    ]
+    lines = []
+    for key in sorted(flat_stored.keys() | flat_asked.keys()):
+        # Compared as JSON, since that is what the hash sees: 1 and 1.0 differ.
+        before, after = (json.dumps(flat[key]) if key in flat else "(absent)" for flat in (flat_stored, flat_asked))
+        if before != after:
+            lines.append(f"{key}: {before} -> {after}")
+    return lines
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

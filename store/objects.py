@@ -68,9 +68,10 @@ class LocalFolder:
 
     def compare_and_swap(self, key: str, expected: bytes | None, data: bytes) -> bool:
         """Replace the object if it still holds ``expected`` (None: if it does not exist). True if replaced."""
+        lock_file = self.path / f".{self.resolve(key).name}.lock"
         self.path.mkdir(parents=True, exist_ok=True)
         # The kernel drops the lock with its process, so a killed holder blocks nobody.
-        with open(self.path / f".{key}.lock", "wb") as lock:
+        with lock_file.open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             current = self.get(key) if self.exists(key) else None
             if current != expected:

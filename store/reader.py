@@ -46,9 +46,11 @@ def open_run(url: str | Path) -> xr.Dataset:
     activations = da.from_array(lazy, chunks=chunks, asarray=False, name=f"{RESID_POST_MEAN}-{lazy.token()}")
     coordinates: dict[str, Any] = {"layer": np.arange(layout.layers, dtype=np.int32)}
     for name in COORDINATES:
-        values = np.asarray(zarr.open_array(group.store, path=name, mode="r")[:])
-        missing = "" if values.dtype.kind in "UTO" else 0
-        coordinates[name] = ("rollout", np.where(rows_committed, values, missing).astype(values.dtype))
+        stored: Any = zarr.open_array(group.store, path=name, mode="r")
+        values = np.full(stored.shape, stored.fill_value, dtype=stored.dtype)
+        # Reads the chunks of these rows only: what has no record may be damaged.
+        values[rows_committed] = stored.oindex[np.flatnonzero(rows_committed)]
+        coordinates[name] = ("rollout", values)
     return xr.Dataset(
         {RESID_POST_MEAN: (("rollout", "layer", "hidden"), activations)},
         coords=coordinates,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from personaspace.store.commit import ROLLOUTS, read_records
+from personaspace.store.commit import ROLLOUTS, read_object, read_records
 from personaspace.store.errors import IntegrityError
 from personaspace.store.objects import LocalFolder
 
@@ -76,10 +76,11 @@ def decode_rollouts(data: bytes) -> pa.Table:
     """Table of one part. Raises IntegrityError if it is damaged or has other columns."""
     try:
         table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+        names, matches = table.schema.names, table.schema.equals(SCHEMA)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise IntegrityError(f"{len(data)} bytes do not decode as a Parquet part: {error}") from error
-    if not table.schema.equals(SCHEMA):
-        raise IntegrityError(f"Parquet part has columns {table.schema.names}, expected {SCHEMA.names}")
+    if not matches:
+        raise IntegrityError(f"Parquet part has columns {names}, expected {SCHEMA.names}")
     return table
 
 
@@ -91,6 +92,6 @@ def read_rollouts(
         records = [record for _, record in sorted(read_records(folder, ROLLOUTS).items())]
     else:
         records = [record for unit in units for record in read_records(folder, ROLLOUTS, unit).values()]
-    tables = [decode_rollouts(folder.get(record.objects[0].key)) for record in records]
+    tables = [decode_rollouts(read_object(folder, record.objects[0])) for record in records]
     table = pa.concat_tables([SCHEMA.empty_table(), *tables])
     return table if columns is None else table.select(columns)

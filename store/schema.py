@@ -97,8 +97,8 @@ def round_mantissa(values: NDArray[np.float32], precision: Precision) -> NDArray
     rounded: NDArray[np.float32] = codec.decode(codec.encode(values.astype(np.float32, copy=True))).reshape(
         values.shape
     )
-    # BitRound carries into the exponent and turns some NaN payloads into infinities.
-    return np.where(np.isfinite(values), rounded, values)
+    # BitRound turns some NaN payloads, and the largest finite values, into infinities.
+    return np.where(np.isfinite(values) & np.isfinite(rounded), rounded, values)
 
 
 def _activation_spec(layout: Layout) -> dict[str, Any]:
@@ -131,6 +131,8 @@ def _encode(values: NDArray[Any], *, shape: tuple[int, ...], key: str, spec: dic
 
 
 def _decode(data: bytes, *, shape: tuple[int, ...], key: str, spec: dict[str, Any]) -> NDArray[np.float32]:
+    if not data:
+        raise IntegrityError(f"0 bytes do not decode as a shard of shape {shape}: the object is empty.")
     objects: dict[str, Any] = {key: default_buffer_prototype().buffer.from_bytes(data)}
     array = zarr.create_array(MemoryStore(objects), shape=shape, **spec)
     try:

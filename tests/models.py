@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3_text", "gpt_neox", "gpt2", "mistral", "mixtral", "qwen3_moe")
 SLIDING_WINDOW = 8
@@ -106,7 +106,7 @@ def _model(family: str, layers: int, hidden: int, seed: int, tokenizer: PreTrain
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:
                 # Norms and biases start at ones and zeros, which would hide a weight that was not loaded.
                 parameter.data += 0.1 * torch.randn_like(parameter)

@@ -13,7 +13,6 @@ from personaspace.extract.checkpoint import Checkpoint, resolve
 from personaspace.extract.config import ModelConfig
 from tests.models import CHATML, tiny_checkpoint
 
-
 # The first example of a test pays for loading a tokenizer or a model class.
 settings.register_profile("extract", deadline=None)
 settings.load_profile("extract")

@@ -10,6 +10,7 @@ from personaspace.extract.assistant_axis import read_questions, read_responses, 
 from personaspace.store.errors import InputError
 
 USER = {"role": "user", "content": "Who are you?"}
+NEEDS = 'needs `instruction`, a list of {"pos": "system prompt"}'
 ANSWER = {"role": "assistant", "content": "A ghost."}
 LINE: dict[str, Any] = {
     "system_prompt": "",
@@ -31,14 +32,13 @@ def test_roles_in_the_order_of_their_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"prompt": "Haunt."}', 'needs `instruction`, a list of {"pos": "system prompt"}; keys are [\'prompt\'].'),
-        (b'{"instruction": []}', 'needs `instruction`, a list of {"pos": "system prompt"}; keys are [\'instruction\'].'),
+        (b'{"prompt": "Haunt."}', NEEDS + "; it has ['prompt']."),
+        (b'{"instruction": []}', NEEDS + "; it has ['instruction']."),
         (b'{"instruction": [{"neg": "No."}]}', "every entry of `instruction` needs a text under `pos`."),
         (b'{"instruction": ["Haunt."]}', "every entry of `instruction` needs a text under `pos`."),
         (b'{"instruction": ', "not valid JSON: Expecting value"),
         (b'{"instruction": "\xff"}', "not valid JSON: 'utf-8' codec can't decode byte 0xff"),
-        # Bug: _read_prompts sorts the keys of a list, which is no mapping (TypeError).
-        (b'[{"pos": "Haunt."}, {"pos": "Boo."}]', 'needs `instruction`, a list of {"pos": "system prompt"}'),
+        (b'[{"pos": "Haunt."}, {"pos": "Boo."}]', NEEDS),
     ],
 )
 def test_refused_role_files(tmp_path: Path, content: bytes, message: str) -> None:
@@ -86,7 +86,6 @@ def without(key: str) -> dict[str, Any]:
         (without("label"), "lacks label."),
         (LINE | {"conversation": [USER]}, "the conversation does not end with an assistant turn."),
         (LINE | {"conversation": []}, "the conversation does not end with an assistant turn."),
-        # Bugs: these come through as KeyError, ValueError and AttributeError, without file and line.
         (LINE | {"conversation": [USER, {"role": "assistant"}]}, ""),
         (LINE | {"prompt_index": "first"}, ""),
         (LINE | {"conversation": ["Who are you?", "A ghost."]}, ""),

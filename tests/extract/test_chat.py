@@ -96,7 +96,6 @@ def test_missing_file(chat_with: ChatWith) -> None:
 def test_file_that_is_no_template(chat_with: ChatWith, tmp_path: Path) -> None:
     file = tmp_path / "own.jinja"
     file.write_text("{% for message in messages %}")
-    # Bug: a template error that is not about the system role comes through as jinja2's own, without the file.
     with pytest.raises(InputError, match=r"own\.jinja"):
         chat_with(CHATML, chat_template=str(file))
 

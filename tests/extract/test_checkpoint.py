@@ -73,7 +73,6 @@ def test_config_that_transformers_cannot_read(tmp_path: Path, content: str) -> N
 
 def test_model_without_layers(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "resnet"}))
-    # Bug: a config without num_hidden_layers comes through as AttributeError, though the docstring says InputError.
     assert refusal(ModelConfig(id=str(tmp_path))).startswith(f"model.id: {tmp_path}")
 
 
@@ -88,7 +87,6 @@ def test_hub_in_offline_mode(monkeypatch: pytest.MonkeyPatch, revision: str | No
 
 def test_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    # Bug: huggingface_hub 1.x raises httpx errors, which are no OSError, when there is no network.
     assert refusal(ModelConfig(id="nobody/nothing")).startswith("model.id: nobody/nothing is no local folder")
 
 

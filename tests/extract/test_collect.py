@@ -74,7 +74,7 @@ def test_inspect_unit_finds_what_unit_values_said(data: st.DataObject) -> None:
     buffer = WindowBuffer(LAYERS, HIDDEN)
     for row in planned:
         if row not in known:
-            buffer.add([row], means(row)[None] * (np.inf if fate[row] == "overflow" else 1))
+            buffer.add([row], np.where(fate[row] == "overflow", np.inf, means(row))[None])
     values, dropped = buffer.unit_values(slice(first, first + size), known, planned, ALL)
     assert dropped.keys() == {row for row, reason in fate.items() if reason != "sound"}
     assert inspect_unit(values, first, known, planned) == dropped

@@ -17,7 +17,6 @@ from personaspace.extract.personas import (
     PersonaPlan,
     load_questions,
     load_roles,
-    plan_imported,
     plan_personas,
     rollout_id,
 )
@@ -177,7 +176,7 @@ def test_refused_settings(config: PersonasConfig, change: dict[str, Any], messag
         ({"roles": [role("ghost")]}, "personas.roles: no role `default`; the axis is measured against it, so add one."),
         (
             {"roles": [role("default"), role("ghost"), role("ghost")]},
-            "personas.roles: FILE: role id ghost appears more than once; ids must be unique.",
+            "personas.roles: FILE: role id ghost appears more than once; each must be unique.",
         ),
         ({"personas": []}, "FILE: needs a list under `roles:`."),
         (
@@ -217,17 +216,15 @@ def test_refused_questions(tmp_path: Path, config: PersonasConfig, document: dic
 def test_refused_files(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "bad.yaml"
     file.write_bytes(content)
-    # Bug (b"\xff"): load_roles lets UnicodeDecodeError through; it should be an InputError that names the file.
-    with pytest.raises(InputError, match="bad.yaml: not valid YAML"):
+    with pytest.raises(InputError, match=r"bad\.yaml: not (valid YAML|UTF-8 text)"):
         load_roles(str(file))
-    with pytest.raises(InputError, match="bad.yaml: not valid YAML"):
+    with pytest.raises(InputError, match=r"bad\.yaml: not (valid YAML|UTF-8 text)"):
         load_questions(str(file))
 
 
 def test_refuses_rows_that_say_the_same(tmp_path: Path, config: PersonasConfig) -> None:
     """Two prompts (or questions) with one text would give two rows with one rollout id, and one seed."""
     file = write(tmp_path / "same.yaml", roles=[role("default"), role("ghost", "Haunt.", "Haunt.")])
-    # Bug: plan_personas does not look for doubled rollout ids; plan_imported does.
     with pytest.raises(InputError, match="more than once"):
         plan(replace(config, roles=file))
 
@@ -240,42 +237,3 @@ def test_reads_assistant_axis_files(tmp_path: Path) -> None:
     assert [role.id for role in made.roles] == ["default", "ghost"]
     assert [question.id for question in made.questions] == ["aa7", "aa9"]
     assert len(made.rows) == 8
-
-
-def response(prompt: int, question: int, answer: str, label: str = "pos") -> str:
-    conversation = [
-        {"role": "system", "content": f"Prompt {prompt}."},
-        {"role": "user", "content": f"Question {question}?"},
-        {"role": "assistant", "content": answer},
-    ]
-    line = {"prompt_index": prompt, "question_index": question, "question": f"Question {question}?", "label": label}
-    return json.dumps(line | {"conversation": conversation}) + "\n"
-
-
-def test_plan_of_imported_responses(tmp_path: Path) -> None:
-    (tmp_path / "ghost.jsonl").write_text(response(3, 40, "Boo.") + response(1, 20, "Woo."))
-    (tmp_path / "default.jsonl").write_text(response(0, 20, "Hello.", "default"))
-    made = plan_imported(tmp_path)
-    assert [role.id for role in made.roles] == ["default", "ghost"]
-    assert made.roles[1].prompts == ("Prompt 1.", "Prompt 3.")
-    assert [(question.id, question.text) for question in made.questions] == [
-        ("aa20", "Question 20?"),
-        ("aa40", "Question 40?"),
-    ]
-    assert [row.response for row in made.rows] == ["Hello.", "Boo.", "Woo."]
-    assert made.rows[1].messages[-1] == {"role": "user", "content": "Question 40?"}
-    assert [row.question for row in made.rows] == [0, 1, 0]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (response(0, 0, "No.", "neg"), "ghost.jsonl:1: label is 'neg'; only roles ('pos', 'default') can be imported."),
-        (response(0, 0, "Boo.") * 2, "appears more than once; ids must be unique."),
-    ],
-)
-def test_refused_imports(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "ghost.jsonl").write_text(content)
-    with pytest.raises(InputError) as error:
-        plan_imported(tmp_path)
-    assert str(error.value).endswith(message)

@@ -18,7 +18,8 @@ def pool(h_BTD: torch.Tensor, spans: list[tuple[int, int]]) -> np.ndarray:
 
 
 def exact(h_BTD: torch.Tensor, spans: list[tuple[int, int]]) -> np.ndarray:
-    return np.stack([h_TD[start:stop].double().numpy().mean(0) for h_TD, (start, stop) in zip(h_BTD, spans, strict=True)])
+    pairs = zip(h_BTD.double().numpy(), spans, strict=True)
+    return np.stack([h_TD[start:stop].mean(0) for h_TD, (start, stop) in pairs])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -66,5 +67,4 @@ def test_padding_does_not_matter(padding: float) -> None:
     spans = [(2, 6), (1, 3)]
     expected_BD = pool(h_BTD, spans)
     h_BTD[1, 3:] = padding
-    # Bug (inf, nan): 0 * inf is nan, so float16 states that overflow on padding drop a sound row.
     np.testing.assert_array_equal(pool(h_BTD, spans), expected_BD)

@@ -46,7 +46,6 @@ def test_earlier_turns_may_hold_the_response(chat_with: ChatWith) -> None:
 
 def test_plain_template_gives_the_tokens_that_generation_gives(chat_with: ChatWith) -> None:
     chat = chat_with(None, chat_template="plain")
-    # Bug: the token of " A" begins with the space that follows "Assistant:", so every import is refused.
     prompt_ids, response_ids = locate_response(chat, MESSAGES, "A ghost.")
     assert prompt_ids == chat.encode_prompt(MESSAGES)
     assert response_ids == chat.encode_text(" A ghost.")

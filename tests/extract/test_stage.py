@@ -26,14 +26,7 @@ LENGTHS = (40, 9, 31, 12, 23)
 CPU = torch.device("cpu")
 
 
-# Fix: give the sliced class `__module__` of its backbone, or transformers takes it for custom code.
-EXPERTS = pytest.mark.xfail(strict=True, reason="load_slice's class gets no weight conversions, so experts are missing")
-
-
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=EXPERTS if name in ("mixtral", "qwen3_moe") else ()) for name in FAMILIES],
-)
+@pytest.fixture(scope="module", params=FAMILIES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     folder = tiny_checkpoint(tmp_path_factory.mktemp(request.param), request.param, layers=LAYERS)
     return resolve(ModelConfig(id=str(folder)))
@@ -141,7 +134,6 @@ def test_missing_weight_is_refused_by_the_stage_that_needs_it(llama: Checkpoint,
     Stage(broken, first=0, stop=3, dtype="float32")
 
 
-@pytest.mark.xfail(strict=True, reason="comes through as transformers' RuntimeError, which points to a log")
 def test_missing_expert_is_refused(tmp_path: Path) -> None:
     whole = resolve(ModelConfig(id=str(tiny_checkpoint(tmp_path / "mixtral", "mixtral", layers=2))))
     Stage(whole, first=0, stop=2, dtype="float32")

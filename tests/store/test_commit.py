@@ -19,7 +19,7 @@ from personaspace.store.commit import (
     adopt,
     commit,
     committed_slots,
-    crc32c,
+    describe,
     parse_record_key,
     read_records,
     record_key,
@@ -58,7 +58,7 @@ def assert_records_hold(folder: LocalFolder) -> int:
     for slot in slots:
         for stored in read_records(folder, slot[0], slot[1])[slot].objects:
             data = folder.get(stored.key)
-            assert (len(data), crc32c(data)) == (stored.bytes, stored.crc32c), slot
+            assert describe(stored.key, data) == stored, slot
     return len(slots)
 
 
@@ -72,7 +72,7 @@ def test_commit_publishes_then_records(fence: Fence) -> None:
     assert record.writer.endswith(f":{os.getpid()}")
     assert start <= record.committed <= time.time()
     [stored] = record.objects
-    assert (stored.key, stored.bytes, stored.crc32c) == (KEY, 4, crc32c(b"data"))
+    assert stored == describe(KEY, b"data")
 
 
 def test_dropped_reasons_survive(fence: Fence) -> None:
@@ -97,7 +97,7 @@ def test_valid_orphan_is_adopted_with_its_own_checksum(fence: Fence, resume: str
         record = commit(fence, SLOT, {KEY: whole(b"computed again")}, rows=ROWS, dropped={}, inspect=inspect)
     assert record is not None
     assert record.adopted
-    assert record.objects[0].crc32c == crc32c(orphan)
+    assert record.objects[0].sha256 == describe(KEY, orphan).sha256
     assert record.dropped == {13: "found dropped"}
     assert fence.folder.get(KEY) == orphan
     assert read_records(fence.folder, SLOT[0]) == {SLOT: record}
@@ -131,7 +131,6 @@ def test_second_record_wins_nothing(fence: Fence) -> None:
     assert fence.folder.get(KEY) == whole(b"first")
 
 
-# Fails: commit replaces an object that differs even where its slot is recorded, so the record's checksum is wrong.
 def test_committed_object_is_not_replaced_by_the_same_generation(fence: Fence) -> None:
     first = commit(fence, SLOT, {KEY: b"first"}, rows=ROWS, dropped={})
     assert commit(fence, SLOT, {KEY: b"second"}, rows=ROWS, dropped={}) == first
@@ -164,15 +163,13 @@ def test_fenced_out_writer_publishes_nothing(fence: Fence) -> None:
     assert {path: data for path, data in state().items() if "lease" not in path} == before
 
 
-# Fails: CRC-32C of bytes that end in their own CRC-32C is a constant (48674bc7 here), so that the record's checksum
-# knows lengths only. A checksum with another polynomial, or a hash such as BLAKE2b, tells them apart.
 def test_checksums_tell_two_contents_apart() -> None:
     layout = Layout(rows=2, layers=3, hidden=4, unit_rows=2, layer_group=3)
     values = np.random.default_rng(0).standard_normal((2, 2, 3, 4)).astype(np.float32)
     shards = [encode_shard(value, layout, "lossless") for value in values]
-    assert crc32c(shards[0]) != crc32c(shards[1])
+    assert describe(KEY, shards[0]) != describe(KEY, shards[1])
     chunks = [encode_coordinate(np.full(2, value, dtype=np.int32), layout, "question") for value in (1, 2)]
-    assert crc32c(chunks[0]) != crc32c(chunks[1])
+    assert describe(KEY, chunks[0]) != describe(KEY, chunks[1])
 
 
 SLOTS = st.tuples(st.sampled_from(["rollouts", "a.b", "resid_post_mean"]), st.integers(0, 10**7), st.integers(0, 2000))

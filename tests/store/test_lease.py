@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,9 @@ def folder(tmp_path: Path) -> LocalFolder:
 
 
 @pytest.fixture
-def driver(folder: LocalFolder) -> Iterator[multiprocessing.process.BaseProcess]:
+def driver(folder: LocalFolder) -> Iterator[BaseProcess]:
     """A live process that holds the lease."""
-    ready, process = PROCESSES.Event(), None
+    ready = PROCESSES.Event()
 
     def hold() -> None:
         with acquire(folder, timeout=60, say=print):
@@ -100,27 +101,23 @@ def test_released_lease_is_taken_at_once_with_the_next_epoch(folder: LocalFolder
         assert holder.is_dead(timeout=60)
 
 
-def test_live_process_keeps_the_lease(folder: LocalFolder, driver: multiprocessing.process.BaseProcess) -> None:
-    before = folder.get(LEASE)
+def test_live_process_keeps_the_lease(folder: LocalFolder, driver: BaseProcess) -> None:
     message = (
         f"{folder.path}: the run is being written by {socket.gethostname()} pid {driver.pid}. "
         "Wait for it, stop it, or use another --store.run."
     )
     with pytest.raises(LeaseError, match=f"^{re.escape(message)}$"):
         acquire(folder, timeout=1, say=pytest.fail)
-    assert folder.get(LEASE) == before
 
 
-def test_suspended_process_keeps_the_lease(folder: LocalFolder, driver: multiprocessing.process.BaseProcess) -> None:
+def test_suspended_process_keeps_the_lease(folder: LocalFolder, driver: BaseProcess) -> None:
     assert driver.pid is not None
     os.kill(driver.pid, signal.SIGSTOP)
     with pytest.raises(LeaseError, match="the run is being written by"):
         acquire(folder, timeout=1, say=pytest.fail)
 
 
-def test_killed_process_on_this_host_is_replaced_at_once(
-    folder: LocalFolder, driver: multiprocessing.process.BaseProcess
-) -> None:
+def test_killed_process_on_this_host_is_replaced_at_once(folder: LocalFolder, driver: BaseProcess) -> None:
     driver.kill()
     time.sleep(0.2)  # Not joined yet: a zombie is dead, too.
     assert acquire(folder, timeout=60, say=pytest.fail).epoch == 2
@@ -166,21 +163,18 @@ class OvertakenFolder(LocalFolder):
         return LocalFolder.compare_and_swap(self, key, expected, data)
 
 
-# Fails: in acquire, `first` stays None when the first attempt loses, so the waiting never ends while the other lives.
 def test_driver_that_loses_the_first_race_is_refused(folder: LocalFolder) -> None:
     other = Holder(epoch=1, host="elsewhere", pid_space="x", pid=4711, started=0.0, heartbeat=time.time())
     answer = attempt(OvertakenFolder(folder.path), timeout=1, patience=6, beat=other)
     assert answer.startswith(f"{folder.path}: the run is being written by elsewhere pid 4711.")
 
 
-# Fails: acquire swaps against its own encoding of the holder instead of the bytes it read, and spins for ever.
 def test_lease_written_with_another_json_layout_is_read(folder: LocalFolder) -> None:
     holder = store_holder(folder, released=True)
     folder.replace(LEASE, json.dumps(asdict(holder), indent=1).encode())
     assert attempt(folder, timeout=1, patience=4) == "epoch 2"
 
 
-# Fails: JSONDecodeError with a traceback.
 @pytest.mark.parametrize("content", [b"", b"{}", b"not json"])
 def test_unreadable_lease_is_one_clear_error(folder: LocalFolder, content: bytes) -> None:
     folder.replace(LEASE, content)

@@ -77,8 +77,6 @@ def test_a_stored_identity_equals_itself(identity: Mapping[str, Any]) -> None:
     assert identity_diff(stored.identity, identity) == []
 
 
-# Fails: the hash is taken over JSON, but the diff compares with ==, where 1 == 1.0 == True, and it skips empty
-# mappings; such a run is refused with nothing to show. Comparing the leaves' JSON, {} among them, agrees with the hash.
 @given(TREES, TREES)
 @example({"temperature": 1}, {"temperature": 1.0})
 @example({"files": {}}, {})
@@ -95,11 +93,11 @@ def test_diff_names_key_and_both_values() -> None:
         "extract": {"arrays": ["resid_post_mean", "resid_post_last"]},
     }
     assert identity_diff(IDENTITY, asked) == [
-        "extract.arrays: ['resid_post_mean'] -> ['resid_post_mean', 'resid_post_last']",
+        'extract.arrays: ["resid_post_mean"] -> ["resid_post_mean", "resid_post_last"]',
         "generate.temperature: 0.7 -> 1.0",
-        "model.files.model.safetensors: ab12 -> (absent)",
-        "model.files.other.safetensors: (absent) -> ab12",
-        "model.revision: None -> main",
+        'model.files.model.safetensors: "ab12" -> (absent)',
+        'model.files.other.safetensors: (absent) -> "ab12"',
+        'model.revision: null -> "main"',
     ]
 
 
@@ -143,7 +141,6 @@ def test_other_schema_versions_are_refused(folder: LocalFolder, version: object)
         read_manifest(folder)
 
 
-# Fails: decode takes identity_hash before it looks at the version, so a later schema without one reads as damage.
 def test_version_is_looked_at_before_anything_else(folder: LocalFolder) -> None:
     folder.replace(MANIFEST, b'{"schema_version": 2, "id": "sha256:ab"}')
     with pytest.raises(IntegrityError, match="schema_version 2 is not readable, this is 1"):

@@ -127,7 +127,6 @@ def test_damaged_shard_without_record_is_not_read(fence: Fence) -> None:
     assert_visible(open_run(fence.folder.path), [(0, 0)])
 
 
-# Fails: open_run reads the chunks of all units, recorded or not, and raises Zarr's ValueError.
 def test_damaged_coordinate_without_record_is_not_read(fence: Fence) -> None:
     commit_coordinates(fence, [0])
     fence.folder.put_new(coordinate_key("status", 1), b"damaged")

@@ -102,7 +102,6 @@ def test_a_damaged_page_is_refused(column: int) -> None:
         decode_rollouts(bytes(damaged))
 
 
-# Fails: UnicodeDecodeError, a ValueError that `except` does not name. (Parquet has no checksum over its footer.)
 def test_a_damaged_name_in_the_footer_is_refused() -> None:
     at = GOOD_BYTES.index(b"rollout_id", COLUMNS.column(COLUMNS.num_columns - 1).data_page_offset)
     with pytest.raises(IntegrityError, match="Parquet part"):
@@ -154,8 +153,6 @@ def test_only_committed_parts_are_read(fence: Fence) -> None:
     assert table.schema.equals(SCHEMA)
 
 
-# Fails: read_rollouts does not compare the part with its record, though it has both in hand. Page headers and footer
-# have no checksum of their own, so this is what would catch damage there.
 def test_a_part_that_is_not_the_recorded_one_is_refused(fence: Fence) -> None:
     commit_unit(fence, 0)
     recorded = fence.folder.get(rollouts_key(0))

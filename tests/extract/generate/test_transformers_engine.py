@@ -16,7 +16,12 @@ from personaspace.extract.generate.transformers_engine import Response, Transfor
 from tests.models import reciting_checkpoint, tiny_checkpoint
 
 CONFIG = GenerateConfig(max_new_tokens=24)
-QUESTIONS = ("Who are you?", "What should I do about a friend?", "Tell me about the sea, the night and the stars.", "Why?")
+QUESTIONS = (
+    "Who are you?",
+    "What should I do about a friend?",
+    "Tell me of the sea, the night, the stars.",
+    "Why?",
+)
 PROMPTS = [[{"role": "user", "content": QUESTIONS[i % 4]}] for i in range(12)]
 SEEDS = [rollout_seed(0, str(row)) for row in range(len(PROMPTS))]
 
