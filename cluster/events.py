@@ -30,6 +30,11 @@ class Committed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Waiting:
+    """Nothing has come back for a while; time passes all the same."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Note:
     """Something worth a line of its own."""
 
@@ -43,4 +48,4 @@ class StepFinished:
     step: str
 
 
-Event = StepStarted | Progressed | Committed | Note | StepFinished
+Event = StepStarted | Progressed | Committed | Waiting | Note | StepFinished

@@ -11,9 +11,9 @@ import ray
 
 from personaspace.cluster.config import ClusterConfig
 from personaspace.cluster.coordinates import commit_coordinates
-from personaspace.cluster.events import Committed, Event, Note, Progressed, StepFinished, StepStarted
+from personaspace.cluster.events import Committed, Event, Note, Progressed, StepFinished, StepStarted, Waiting
 from personaspace.cluster.faults import unwrap
-from personaspace.cluster.generation import missing_units
+from personaspace.cluster.generation import PATIENCE, missing_units
 from personaspace.cluster.generators import dropped_rows
 from personaspace.cluster.job import Job
 from personaspace.cluster.schedule import ReplicaSchedule, WindowPlan
@@ -163,7 +163,11 @@ class Extraction:
         try:
             self._submit_due()
             while self._forwards or self._commits:
-                [done], _ = ray.wait([*self._forwards, *self._commits], num_returns=1)
+                finished, _ = ray.wait([*self._forwards, *self._commits], num_returns=1, timeout=PATIENCE)
+                if not finished:
+                    self._report(Waiting())
+                    continue
+                [done] = finished
                 try:
                     ray.get(done)
                 except ray.exceptions.RayError as error:

@@ -6,7 +6,7 @@ from typing import Any, cast
 import ray
 
 from personaspace.cluster.config import ClusterConfig
-from personaspace.cluster.events import Committed, Event, Note, Progressed, StepFinished, StepStarted
+from personaspace.cluster.events import Committed, Event, Note, Progressed, StepFinished, StepStarted, Waiting
 from personaspace.cluster.faults import unwrap
 from personaspace.cluster.generators import (
     GenerationReport,
@@ -22,6 +22,9 @@ from personaspace.store.commit import ROLLOUTS, adopt, committed_slots
 from personaspace.store.layout import rollouts_key
 from personaspace.store.lease import Fence
 from personaspace.store.rollouts import decode_rollouts
+
+PATIENCE = 5.0
+"""Seconds after which the driver shows a sign of life although no worker did."""
 
 Report = Callable[[Event], None]
 
@@ -78,7 +81,11 @@ def _sample(job: Job, fence: Fence, cluster: ClusterConfig, missing: set[int], r
         for actor in actors:
             submit(actor)
         while running:
-            [done], _ = ray.wait(list(running), num_returns=1)
+            finished, _ = ray.wait(list(running), num_returns=1, timeout=PATIENCE)
+            if not finished:
+                report(Waiting())
+                continue
+            [done] = finished
             actor = running.pop(done)
             submit(actor)
             try:

@@ -66,6 +66,7 @@ def hold_run(job: Job, say: Callable[[str], None]) -> Iterator[Fence]:
                 {RESID_POST_MEAN: "Mean over the response tokens of the residual stream after each block"},
                 {"identity_hash": job.manifest.identity_hash},
             )
+            job.folder.sync(ZARR_GROUP)
             existing = job.manifest
         lease.fence.check()
         write_session(job.folder, existing, job.manifest, session_entry(lease.epoch))

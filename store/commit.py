@@ -96,6 +96,8 @@ def committed_slots(folder: LocalFolder, unit: int | None = None) -> dict[Slot, 
     """Slot -> highest committed generation, from one listing: of the whole run, or of one unit."""
     highest: dict[Slot, int] = {}
     for key in folder.list(COMMITS if unit is None else f"{COMMITS}/{unit:06d}"):
+        if not key.endswith(".json"):
+            continue  # Such as the .nfs files of a network file system.
         slot, generation = parse_record_key(key)
         highest[slot] = max(generation, highest.get(slot, 0))
     return highest

@@ -79,6 +79,13 @@ class LocalFolder:
             self.replace(key, data)
             return True
 
+    def sync(self, prefix: str) -> None:
+        """Make files durable that a library wrote below ``prefix``, and their folders."""
+        for key in self.list(prefix):
+            with self.resolve(key).open("rb") as file:
+                os.fsync(file.fileno())
+            _sync_folders(self.resolve(key).parent, self.path)
+
     def clear_scratch(self) -> int:
         """Delete temporary files of dead writers; returns how many. A live writer that loses one simply fails."""
         leftovers = list((self.path / SCRATCH).glob("*"))

@@ -63,15 +63,16 @@ def nucleus(logits_BV: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.
     candidates = 256
     while True:
         candidates = min(candidates, vocabulary)
-        logit_BK, token_BK = logits_BV.topk(candidates, dim=1)
+        whole = candidates == vocabulary
+        logit_BK, token_BK = logits_BV.sort(dim=1, descending=True) if whole else logits_BV.topk(candidates, dim=1)
         probability_BK = (logit_BK - normalizer_B1).exp()
         before_BK = probability_BK.cumsum(1) - probability_BK
         inside_BK = before_BK < top_p
         inside_BK[:, 0] = True
         edge_B1 = logit_BK.masked_fill(~inside_BK, torch.inf).amin(1, keepdim=True)
-        if candidates == vocabulary or bool((logit_BK[:, -1:] < edge_B1).all()):
+        if whole or bool((logit_BK[:, -1:] < edge_B1).all()):
             return logit_BK.masked_fill(logit_BK < edge_B1, -torch.inf), token_BK
-        candidates *= 8
+        candidates *= 16
 
 
 def _splitmix(x: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from personaspace.cluster import progress
-from personaspace.cluster.events import Committed, Note, Progressed, StepFinished, StepStarted
+from personaspace.cluster.events import Committed, Note, Progressed, StepFinished, StepStarted, Waiting
 from personaspace.cluster.progress import ProgressDisplay
 
 
@@ -38,6 +38,17 @@ def test_plain_lines_every_half_minute_without_a_terminal(monkeypatch: pytest.Mo
 
 def test_quick_steps_print_no_line_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(show(monkeypatch, terminal=False, seconds_per_event=0.01).splitlines()) == 3
+
+
+def test_a_line_appears_even_if_no_worker_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10_000, 5))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    output = io.StringIO()
+    with ProgressDisplay(Console(file=output, width=140)) as display:
+        display.report(StepStarted(step="generate", rows=10, rows_done=0))
+        for _ in range(20):
+            display.report(Waiting())
+    assert "generate: 0/10 rollouts committed, no tokens yet, time left unknown" in output.getvalue()
 
 
 def test_live_display_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

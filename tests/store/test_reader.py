@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from personaspace.store import open_run
 from personaspace.store.commit import COORDINATES_RECORD, commit
-from personaspace.store.errors import InputError
+from personaspace.store.errors import InputError, IntegrityError
 from personaspace.store.layout import ZARR_GROUP, Layout, coordinate_key, shard_key
 from personaspace.store.lease import Fence, acquire
 from personaspace.store.manifest import Manifest, write_session
 from personaspace.store.objects import LocalFolder
-from personaspace.store.reader import CommittedArray
+from personaspace.store.reader import NOT_COMMITTED, CommittedArray
 from personaspace.store.schema import (
     COORDINATES,
     RESID_POST_MEAN,
@@ -176,8 +176,8 @@ def indices(size: int) -> st.SearchStrategy[Any]:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_view_indexes_like_numpy(partly: xr.Dataset, rows: Any, layers: Any, hidden: Any) -> None:
     full = partly[RESID_POST_MEAN].values
-    committed = np.array([[True, True], [True, False], [True, True]])
-    view = CommittedArray(Path(partly.attrs["run"]) / ZARR_GROUP / RESID_POST_MEAN, LAYOUT, committed)
+    generations = np.array([[0, 0], [2, NOT_COMMITTED], [0, 0]])
+    view = CommittedArray(Path(partly.attrs["run"]) / ZARR_GROUP / RESID_POST_MEAN, LAYOUT, generations)
     np.testing.assert_array_equal(view[rows, layers, hidden], full[rows, layers, hidden])
 
 
@@ -198,3 +198,12 @@ def test_missing_run_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"^{re.escape(message)}$") as error:
         open_run(tmp_path / "nowhere")
     assert error.value.exit_code == 2
+
+
+def test_a_recorded_shard_that_is_missing_is_an_error_and_not_nan(fence: Fence) -> None:
+    commit_shards(fence, [(0, 0), (0, 1)])
+    run = open_run(fence.folder.path)
+    fence.folder.delete(shard_key(RESID_POST_MEAN, 0, 1))
+    assert np.isfinite(run[RESID_POST_MEAN][:4, :3].values).all()
+    with pytest.raises(IntegrityError, match=r"c/0/1/0: is recorded, but missing\."):
+        run[RESID_POST_MEAN][:4].compute()
