@@ -17,7 +17,7 @@ from personaspace.analysis.evidence import Evidence, gather_evidence
 from personaspace.analysis.space import PersonaSpace, align_layers, fit_space
 from personaspace.store import open_run
 from personaspace.store.errors import InputError
-from personaspace.store.manifest import read_manifest
+from personaspace.store.manifest import require_manifest
 from personaspace.store.objects import LocalFolder
 from personaspace.store.schema import RESID_POST_MEAN
 
@@ -40,8 +40,7 @@ def fit(run_folder: Path, config: AnalysisConfig) -> xr.Dataset:
 def compute_space(run_folder: Path, config: AnalysisConfig) -> xr.Dataset:
     """The Dataset of ``fit``, not stored."""
     run = open_run(run_folder)
-    manifest = read_manifest(LocalFolder(run_folder))
-    assert manifest is not None
+    manifest = require_manifest(LocalFolder(run_folder))
     target = target_layer(config, manifest.layout.layers)
     roles: list[Any] = list(manifest.tables["roles"])
     questions = len(manifest.tables["questions"])

@@ -11,7 +11,7 @@ from personaspace.analysis.fit import open_space
 from personaspace.analysis.report import Completeness, DroppedRollout, Sample, render_report
 from personaspace.store import open_run
 from personaspace.store.commit import read_records
-from personaspace.store.manifest import Manifest, read_manifest
+from personaspace.store.manifest import Manifest, require_manifest
 from personaspace.store.objects import LocalFolder
 from personaspace.store.rollouts import read_rollouts
 from personaspace.store.schema import RESID_POST_MEAN, STATUS
@@ -24,8 +24,7 @@ def publish_report(run_folder: Path) -> Path:
     space = open_space(run_folder)
     run = open_run(run_folder)
     folder = LocalFolder(run_folder)
-    manifest = read_manifest(folder)
-    assert manifest is not None
+    manifest = require_manifest(folder)
     rollouts = read_rollouts(
         folder,
         columns=["row", "rollout_id", "role", "question", "messages", "response", "response_token_ids", "dropped"],

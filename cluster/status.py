@@ -7,9 +7,8 @@ import numpy as np
 
 from personaspace.store import open_run
 from personaspace.store.commit import ROLLOUTS, committed_slots
-from personaspace.store.errors import InputError
 from personaspace.store.lease import Holder, read_holder
-from personaspace.store.manifest import read_manifest
+from personaspace.store.manifest import require_manifest
 from personaspace.store.objects import LocalFolder
 from personaspace.store.schema import RESID_POST_MEAN, STATUS
 
@@ -17,9 +16,7 @@ from personaspace.store.schema import RESID_POST_MEAN, STATUS
 def describe(run_folder: Path) -> str:
     """Lines for people: what is committed, what is missing, who writes. Raises InputError if there is no run."""
     folder = LocalFolder(run_folder)
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise InputError(f"{run_folder}: no run here (no run.json). Give the folder of a run, such as runs/demo.")
+    manifest = require_manifest(folder)
     layout = manifest.layout
     committed = committed_slots(folder)
     generated = sum(len(layout.unit_row_range(unit)) for array, unit, _ in committed if array == ROLLOUTS)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from personaspace.store.errors import IdentityError, IntegrityError
+from personaspace.store.errors import IdentityError, InputError, IntegrityError
 from personaspace.store.layout import Layout
 from personaspace.store.objects import LocalFolder
 
@@ -61,6 +61,14 @@ def read_manifest(folder: LocalFolder) -> Manifest | None:
         return Manifest.decode(folder.get(MANIFEST), str(folder.path / MANIFEST))
     except FileNotFoundError:
         return None
+
+
+def require_manifest(folder: LocalFolder) -> Manifest:
+    """The run's manifest. Raises InputError where there is no run."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise InputError(f"{folder.path}: no run here (no run.json). Give the folder of a run, such as runs/demo.")
+    return manifest
 
 
 def check_identity(folder: LocalFolder, planned: Manifest) -> Manifest | None:

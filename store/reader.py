@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
 from personaspace.store.commit import COORDINATES_RECORD, committed_slots
-from personaspace.store.errors import InputError, IntegrityError
+from personaspace.store.errors import IntegrityError
 from personaspace.store.layout import ZARR_GROUP, Layout
-from personaspace.store.manifest import read_manifest
+from personaspace.store.manifest import require_manifest
 from personaspace.store.objects import LocalFolder
 from personaspace.store.schema import COORDINATES, RESID_POST_MEAN
 
@@ -31,9 +31,7 @@ def open_run(url: str | Path) -> xr.Dataset:
     """
     path = Path(url).expanduser()
     folder = LocalFolder(path)
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise InputError(f"{path}: no run here (no run.json). Give the folder of a run, such as runs/demo.")
+    manifest = require_manifest(folder)
     layout = manifest.layout
     committed = committed_slots(folder)
     group = zarr.open_group(LocalStore(path / ZARR_GROUP, read_only=True), mode="r")
