@@ -186,7 +186,7 @@ def _missing(space: xr.Dataset, measure: Measure) -> str:
         return f"the catalogue has no roles of the kind {' or '.join(absent)}"
     if measure.name == "cos_axis_pc1":
         return "there are too few roles for a principal component"
-    return "it takes at least two questions per role, one for each half"
+    return "it takes at least four questions that default and the roles answered, two for each half"
 
 
 def _doubt(space: xr.Dataset, measure: Measure) -> str:
@@ -206,7 +206,8 @@ def _reading(space: xr.Dataset, measure: Measure) -> str:
         " one: 0.5 is a coin toss, 1 a perfect split.",
         "rank_correlation": "How well the order of the roles along the axis from one half of the questions agrees with"
         " the order from the other half (Spearman). Where it is high, the order belongs to the roles and not to the"
-        " questions they were asked.",
+        " questions they were asked. It does not say what the order means: a role keeps its system prompts in both"
+        " halves, and even a model with random weights can order prompts reproducibly.",
         "cos_axis_pc1": "Whether the direction in which the roles differ most (PC1, default left out) is the direction"
         f" to the Assistant. The mean over the {space.attrs['default_count']} default rollouts carries noise into the"
         " axis, so only the grey band is a fair bar; random directions are far easier to beat.",

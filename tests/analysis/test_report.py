@@ -153,7 +153,7 @@ def test_what_was_not_computed_is_said_and_not_drawn() -> None:
     page = render(space.assign_coords(role_kind=kinds).assign({name: space[name] * np.nan for name in gone}))
     text = text_of(page)
     assert "not available: the catalogue has no roles of the kind professional or fantastical" in text
-    assert "not available: it takes at least two questions per role" in text
+    assert "not available: it takes at least four questions" in text
     assert "no null was computed, so this number alone is not evidence" in text
     assert {"auc", "rank_correlation"}.isdisjoint(data_of(page)["figures"])
     assert 'id="auc"' not in page
