@@ -107,6 +107,8 @@ class Laboratory:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            # A test run in the background inherits an ignored SIGINT; a terminal's commands don't.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             env={**os.environ, "RAY_ADDRESS": "", **(environment or {})},
         )
 
