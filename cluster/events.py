@@ -1,5 +1,6 @@
 """What workers and drivers tell the user: typed events, rendered in one place (progress.py)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -49,3 +50,6 @@ class StepFinished:
 
 
 Event = StepStarted | Progressed | Committed | Waiting | Note | StepFinished
+
+Report = Callable[[Event], None]
+"""Where events go."""

@@ -2,7 +2,6 @@
 
 import math
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -11,17 +10,17 @@ import ray
 
 from personaspace.cluster.config import ClusterConfig
 from personaspace.cluster.coordinates import commit_coordinates
-from personaspace.cluster.events import Committed, Event, Note, Progressed, StepFinished, StepStarted, Waiting
-from personaspace.cluster.faults import unwrap
-from personaspace.cluster.generation import PATIENCE, missing_units
+from personaspace.cluster.events import Committed, Note, Progressed, Report, StepFinished, StepStarted
+from personaspace.cluster.generation import missing_units
 from personaspace.cluster.generators import dropped_rows
 from personaspace.cluster.job import Job
 from personaspace.cluster.schedule import ReplicaSchedule, WindowPlan
 from personaspace.cluster.session import Workers, share
 from personaspace.cluster.stages import StageActor, StageSpec, UnitShards, inspect_shard
+from personaspace.cluster.waiting import next_finished, result
 from personaspace.extract.packing import MicroBatch
 from personaspace.extract.rollouts import micro_batches
-from personaspace.store.commit import COORDINATES_RECORD, adopt, committed_slots
+from personaspace.store.commit import COORDINATES_RECORD, ROLLOUTS, adopt, committed_slots, read_records
 from personaspace.store.errors import InputError
 from personaspace.store.layout import shard_key
 from personaspace.store.lease import Fence
@@ -30,8 +29,6 @@ from personaspace.store.schema import RESID_POST_MEAN
 
 UNCOMMITTED_WINDOWS = 2
 """Windows of a replica that may wait for their writers: bounds the host memory of its stages."""
-
-Report = Callable[[Event], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +115,10 @@ def _adopt_orphans(job: Job, fence: Fence) -> None:
     done = committed_slots(job.folder)
     for unit in range(job.layout.units):
         groups = [g for g in missing_groups(job, done, unit) if job.folder.exists(shard_key(RESID_POST_MEAN, unit, g))]
-        dropped = load_window(job, (unit,)).dropped if groups else {}
+        if not groups:
+            continue
+        # The rollouts' own record knows what was dropped before extraction.
+        dropped = read_records(job.folder, ROLLOUTS, unit)[(ROLLOUTS, unit, 0)].dropped
         for group in groups:
             adopt(
                 fence,
@@ -163,15 +163,8 @@ class Extraction:
         try:
             self._submit_due()
             while self._forwards or self._commits:
-                finished, _ = ray.wait([*self._forwards, *self._commits], num_returns=1, timeout=PATIENCE)
-                if not finished:
-                    self._report(Waiting())
-                    continue
-                [done] = finished
-                try:
-                    ray.get(done)
-                except ray.exceptions.RayError as error:
-                    raise unwrap(error) from None
+                done = next_finished([*self._forwards, *self._commits], self._report)
+                result(done)
                 if done in self._forwards:
                     self._forward_done(*self._forwards.pop(done))
                 else:

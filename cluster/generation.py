@@ -1,32 +1,25 @@
 """The generate step: hands batches of units to generator actors until every unit's rollouts are committed."""
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import ray
 
 from personaspace.cluster.config import ClusterConfig
-from personaspace.cluster.events import Committed, Event, Note, Progressed, StepFinished, StepStarted, Waiting
-from personaspace.cluster.faults import unwrap
+from personaspace.cluster.events import Committed, Note, Progressed, Report, StepFinished, StepStarted
 from personaspace.cluster.generators import (
     GenerationReport,
     Generator,
     UnitPlan,
-    dropped_rows,
     import_unit,
+    inspect_rollouts,
 )
 from personaspace.cluster.job import Job
 from personaspace.cluster.session import share
+from personaspace.cluster.waiting import next_finished, result
 from personaspace.extract.chat import ChatFormat
 from personaspace.store.commit import ROLLOUTS, adopt, committed_slots
 from personaspace.store.layout import rollouts_key
 from personaspace.store.lease import Fence
-from personaspace.store.rollouts import decode_rollouts
-
-PATIENCE = 5.0
-"""Seconds after which the driver shows a sign of life although no worker did."""
-
-Report = Callable[[Event], None]
 
 
 def missing_units(job: Job) -> set[int]:
@@ -46,7 +39,7 @@ def generate(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> 
             (ROLLOUTS, unit, 0),
             rollouts_key(unit),
             rows=job.layout.unit_row_range(unit),
-            inspect=lambda data: dropped_rows(decode_rollouts(data).select(["row", "dropped"]).to_pylist()),
+            inspect=inspect_rollouts,
         )
     missing = missing_units(job)
     rows_missing = sum(len(job.layout.unit_row_range(unit)) for unit in missing)
@@ -81,17 +74,9 @@ def _sample(job: Job, fence: Fence, cluster: ClusterConfig, missing: set[int], r
         for actor in actors:
             submit(actor)
         while running:
-            finished, _ = ray.wait(list(running), num_returns=1, timeout=PATIENCE)
-            if not finished:
-                report(Waiting())
-                continue
-            [done] = finished
-            actor = running.pop(done)
-            submit(actor)
-            try:
-                _tell(report, ray.get(done))
-            except ray.exceptions.RayError as error:
-                raise unwrap(error) from None
+            done = next_finished(running, report)
+            submit(running.pop(done))
+            _tell(report, result(done))
     finally:
         for actor in actors:
             ray.kill(actor)

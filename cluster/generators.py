@@ -1,6 +1,5 @@
 """Ray actors that generate: one whole model each, publishing finished units themselves."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,7 +41,6 @@ class GenerationReport:
     dropped: int
     tokens: int
     """Sampled tokens, of all rows of the batch."""
-    seconds: float
 
 
 @ray.remote
@@ -67,7 +65,6 @@ class Generator:
 
     def generate(self, units: Sequence[UnitPlan]) -> GenerationReport:
         """Sample the batch and commit its units. Raises WorkerError naming the rollouts."""
-        start = time.monotonic()
         planned = [row for unit in units for row in unit.rows]
         with explain("generation", [row.rollout_id for row in planned]):
             prompts = [self._chat.encode_prompt(row.messages) for row in planned]
@@ -92,12 +89,11 @@ class Generator:
                     rows += len(rollouts)
                     dropped += sum(rollout.dropped is not None for rollout in rollouts)
         tokens = sum(len(response.token_ids) for response in responses)
-        return GenerationReport(rows=rows, dropped=dropped, tokens=tokens, seconds=time.monotonic() - start)
+        return GenerationReport(rows=rows, dropped=dropped, tokens=tokens)
 
 
 def import_unit(fence: Fence, unit: UnitPlan, chat: ChatFormat, max_positions: int | None) -> GenerationReport:
     """Commit one unit of imported responses; no model is needed, so this runs in the driver."""
-    start = time.monotonic()
     rollouts = [
         imported_rollout(row, role, chat=chat, max_positions=max_positions)
         for row, role in zip(unit.rows, unit.roles, strict=True)
@@ -107,24 +103,24 @@ def import_unit(fence: Fence, unit: UnitPlan, chat: ChatFormat, max_positions: i
         rows=len(rollouts),
         dropped=sum(rollout.dropped is not None for rollout in rollouts),
         tokens=sum(len(rollout.response_token_ids) for rollout in rollouts),
-        seconds=time.monotonic() - start,
     )
 
 
 def commit_rollouts(fence: Fence, unit: int, rollouts: Sequence[Rollout]) -> None:
     """Publish a unit's rollouts as one Parquet part. A valid part that is already there wins."""
-
-    def inspect(data: bytes) -> dict[int, str]:
-        return dropped_rows(decode_rollouts(data).select(["row", "dropped"]).to_pylist())
-
     commit(
         fence,
         (ROLLOUTS, unit, 0),
         {rollouts_key(unit): encode_rollouts(rollouts)},
         rows=range(rollouts[0].row, rollouts[-1].row + 1),
         dropped={rollout.row: rollout.dropped for rollout in rollouts if rollout.dropped is not None},
-        inspect=inspect,
+        inspect=inspect_rollouts,
     )
+
+
+def inspect_rollouts(data: bytes) -> dict[int, str]:
+    """Dropped rows of a part found without a record. Raises IntegrityError if it does not decode."""
+    return dropped_rows(decode_rollouts(data).select(["row", "dropped"]).to_pylist())
 
 
 def dropped_rows(columns: Sequence[dict[str, object]]) -> dict[int, str]:

@@ -16,7 +16,7 @@ from personaspace.cluster.config import ClusterConfig
 from personaspace.cluster.job import Job, session_entry
 from personaspace.store.errors import InputError, PersonaspaceError
 from personaspace.store.layout import ZARR_GROUP
-from personaspace.store.lease import Fence, acquire
+from personaspace.store.lease import LEASE, Fence, acquire
 from personaspace.store.manifest import MANIFEST, check_identity, write_session
 from personaspace.store.objects import SCRATCH
 from personaspace.store.schema import RESID_POST_MEAN, create_group
@@ -52,7 +52,7 @@ def hold_run(job: Job, say: Callable[[str], None]) -> Iterator[Fence]:
     """Hold the run's lease, create the run if it is new, and note this session in run.json."""
     if not job.folder.exists(MANIFEST):
         # What a driver leaves that was killed before it wrote run.json.
-        ours = {"lease.json", ".lease.json.lock", SCRATCH, ZARR_GROUP}
+        ours = {LEASE, f".{LEASE}.lock", SCRATCH, ZARR_GROUP}
         foreign = sorted({path.name for path in job.folder.path.glob("*")} - ours)
         if foreign:
             raise InputError(f"{job.folder.path}: holds {foreign}, but no run.json; choose an empty place for the run.")

@@ -93,9 +93,6 @@ class StageActor:
                     inspect=partial(inspect_shard, spec.layout, unit.unit, group, unit.dropped),
                 )
 
-    def ready(self) -> None:
-        """Returns once the model is loaded."""
-
 
 def inspect_shard(layout: Layout, unit: int, group: int, dropped: Mapping[int, str], data: bytes) -> dict[int, str]:
     """Dropped rows of a shard found without a record. Raises IntegrityError if it is not this unit's, whole."""

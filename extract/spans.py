@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from personaspace.extract.chat import ChatFormat, Message, fold_system
+from personaspace.extract.chat import ChatFormat, Message
 from personaspace.store.errors import PersonaspaceError
 
 
@@ -17,8 +17,7 @@ def locate_response(chat: ChatFormat, messages: Sequence[Message], response: str
     UnstableBoundaryError where the template changes the text before it, or a token straddles its ends.
     """
     prompt_text = chat.render(messages, add_generation_prompt=True)
-    turns = [*(fold_system(messages) if chat.system_policy == "folded" else messages)]
-    full_text = chat.render([*turns, {"role": "assistant", "content": response}], add_generation_prompt=False)
+    full_text = chat.render([*messages, {"role": "assistant", "content": response}], add_generation_prompt=False)
     if not full_text.startswith(prompt_text):
         raise UnstableBoundaryError("the chat template renders the prompt differently once a response follows")
     start = len(prompt_text)
