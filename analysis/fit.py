@@ -1,9 +1,7 @@
-"""The fit step: from the activation store to ``space/``, as one xarray Dataset in Zarr."""
+"""The fit step: from the activation store to the Dataset in ``space/``."""
 
-import shutil
 import time
-import warnings
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import dask
@@ -15,33 +13,34 @@ from personaspace.analysis.cells import cell_of_row, cells_from_sums, lazy_cell_
 from personaspace.analysis.config import AnalysisConfig
 from personaspace.analysis.evidence import Evidence, gather_evidence
 from personaspace.analysis.space import PersonaSpace, align_layers, fit_space
-from personaspace.store import open_run
 from personaspace.store.errors import InputError
 from personaspace.store.manifest import require_manifest
-from personaspace.store.objects import LocalFolder
+from personaspace.store.objects import Folder
+from personaspace.store.reader import open_run, stored_layers
 from personaspace.store.schema import RESID_POST_MEAN
+from personaspace.store.space import save_space
 
 DEFAULT_ROLE = "default"
-SPACE = "space"
-LATEST = f"{SPACE}/latest"
 
 
-def fit(run_folder: Path, config: AnalysisConfig) -> xr.Dataset:
+def fit(folder: Folder, config: AnalysisConfig) -> xr.Dataset:
     """Compute axis, persona space, projections and evidence of every layer, and store them beside the run.
 
     Uses what is committed so far; runs on whatever Dask scheduler is active. Raises InputError if `default` or
     all roles still lack rollouts.
     """
-    space = compute_space(run_folder, config)
-    save_space(run_folder, space)
+    space = compute_space(folder, config)
+    save_space(folder, space)
     return space
 
 
-def compute_space(run_folder: Path, config: AnalysisConfig) -> xr.Dataset:
+def compute_space(folder: Folder, config: AnalysisConfig) -> xr.Dataset:
     """The Dataset of ``fit``, not stored."""
-    run = open_run(run_folder)
-    manifest = require_manifest(LocalFolder(run_folder))
-    target = target_layer(config, manifest.layout.layers)
+    manifest = require_manifest(folder)
+    spec = next(spec for spec in manifest.arrays if spec.name == RESID_POST_MEAN)
+    layers = stored_layers(folder, manifest, spec)
+    target = target_layer(config, layers)
+    run = open_run(folder).sel(layer=layers)
     roles: list[Any] = list(manifest.tables["roles"])
     questions = len(manifest.tables["questions"])
     cell_N = cell_of_row(run, questions)
@@ -50,7 +49,7 @@ def compute_space(run_folder: Path, config: AnalysisConfig) -> xr.Dataset:
     others = [index for index, role in enumerate(roles) if role["id"] != DEFAULT_ROLE and count_R[index]]
     if not default or len(others) < 2:
         raise InputError(
-            f"{run_folder}: {len(default)} of `default` and {len(others)} other roles have usable rollouts; the axis "
+            f"{folder.url}: {len(default)} of `default` and {len(others)} other roles have usable rollouts; the axis "
             "needs `default` and at least two roles. Let extraction go on, then fit again."
         )
 
@@ -62,8 +61,8 @@ def compute_space(run_folder: Path, config: AnalysisConfig) -> xr.Dataset:
         return space, gather_evidence(space, default_cells, role_cells, kinds, config)
 
     sums = lazy_cell_sums(run, cell_N, len(roles) * questions)
-    layers = dask.compute(*(dask.delayed(fit_layer)(sum_DC) for sum_DC in sums))
-    spaces = align_layers([space for space, _ in layers])
+    fitted = dask.compute(*(dask.delayed(fit_layer)(sum_DC) for sum_DC in sums))
+    spaces = align_layers([space for space, _ in fitted])
     rows = usable_rows(run)
     position_NL, score_NLK = _project(run, spaces)
     arrays = {
@@ -72,7 +71,7 @@ def compute_space(run_folder: Path, config: AnalysisConfig) -> xr.Dataset:
         "rollout_score": (("rollout", "layer", "component"), score_NLK[rows]),
     }
     for measure in Evidence.__dataclass_fields__:
-        arrays[measure] = (("layer",), np.array([getattr(evidence, measure) for _, evidence in layers]))
+        arrays[measure] = (("layer",), np.array([getattr(evidence, measure) for _, evidence in fitted]))
     return xr.Dataset(
         {name: (dims, values.astype(np.float32)) for name, (dims, values) in arrays.items()},
         coords={
@@ -96,39 +95,20 @@ def compute_space(run_folder: Path, config: AnalysisConfig) -> xr.Dataset:
     )
 
 
-def target_layer(config: AnalysisConfig, layers: int) -> int:
-    """The configured target layer, or the middle of the model. Raises InputError if the model has no such layer."""
+def target_layer(config: AnalysisConfig, layers: Sequence[int]) -> int:
+    """The configured target layer, or the middle one of ``layers``. Raises InputError if it is none of them."""
     if config.target_layer is None:
-        return layers // 2
-    if config.target_layer >= layers:
-        raise InputError(f"analysis.target_layer: {config.target_layer}; the model has layers 0 to {layers - 1}.")
+        return layers[len(layers) // 2] if layers else 0
+    if layers and config.target_layer not in layers:
+        raise InputError(f"analysis.target_layer: {config.target_layer}; the run has layers {_ranges(layers)}.")
     return config.target_layer
 
 
-def save_space(run_folder: Path, space: xr.Dataset) -> None:
-    """Store the Dataset under a number of its own, then point ``space/latest`` to it: readers never see half."""
-    folder = LocalFolder(run_folder)
-    previous = folder.get(LATEST).decode() if folder.exists(LATEST) else None
-    number = 1 if previous is None else int(previous.removesuffix(".zarr")) + 1
-    name = f"{number:04d}.zarr"
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Consolidated metadata")
-        space.to_zarr(run_folder / SPACE / name, mode="w", zarr_format=3)
-    folder.replace(LATEST, name.encode())
-    if previous is not None:
-        shutil.rmtree(run_folder / SPACE / previous, ignore_errors=True)
-
-
-def open_space(run_folder: Path) -> xr.Dataset:
-    """The latest fit of the run. Raises InputError if there is none."""
-    folder = LocalFolder(run_folder)
-    if not folder.exists(LATEST):
-        raise InputError(f"{run_folder}: no persona space yet; run `fit` first.")
-    space = xr.open_zarr(run_folder / SPACE / folder.get(LATEST).decode())
-    # Much of NumPy does not take the variable-length strings that Zarr reads.
-    texts = {name: space[name].astype(object).astype(str) for name in space.coords if space[name].dtype.kind == "T"}
-    opened: xr.Dataset = space.assign_coords(texts)
-    return opened
+def _ranges(layers: Sequence[int]) -> str:
+    """Such as `0 to 4, 10 to 14`."""
+    starts = [layer for layer in layers if layer - 1 not in layers]
+    ends = [layer for layer in layers if layer + 1 not in layers]
+    return ", ".join(f"{start} to {end}" for start, end in zip(starts, ends, strict=True))
 
 
 def _space_arrays(spaces: list[PersonaSpace]) -> dict[str, tuple[tuple[str, ...], NDArray[np.float64]]]:

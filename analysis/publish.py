@@ -1,29 +1,27 @@
 """The report step: gathers what the page shows from the run folder, and publishes ``report.html``."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from personaspace.analysis.fit import open_space
 from personaspace.analysis.report import Completeness, DroppedRollout, Sample, render_report
-from personaspace.store import open_run
 from personaspace.store.commit import read_records
 from personaspace.store.manifest import Manifest, require_manifest
-from personaspace.store.objects import LocalFolder
+from personaspace.store.objects import Folder
+from personaspace.store.reader import open_run
 from personaspace.store.rollouts import read_rollouts
 from personaspace.store.schema import RESID_POST_MEAN, STATUS
+from personaspace.store.space import open_space
 
 REPORT = "report.html"
 
 
-def publish_report(run_folder: Path) -> Path:
-    """Write the report of the latest fit and return its path. Raises InputError if there is no fit."""
-    space = open_space(run_folder)
-    run = open_run(run_folder)
-    folder = LocalFolder(run_folder)
+def publish_report(folder: Folder) -> str:
+    """Write the report of the latest fit and return where it is. Raises InputError if there is no fit."""
+    space = open_space(folder)
+    run = open_run(folder)
     manifest = require_manifest(folder)
     rollouts = read_rollouts(
         folder,
@@ -44,7 +42,7 @@ def publish_report(run_folder: Path) -> Path:
         ),
     )
     folder.replace(REPORT, page.encode())
-    return run_folder / REPORT
+    return f"{folder.url}/{REPORT}"
 
 
 def _samples(rollouts: pa.Table) -> dict[str, Sample]:
@@ -62,7 +60,7 @@ def _samples(rollouts: pa.Table) -> dict[str, Sample]:
     return samples
 
 
-def _dropped(folder: LocalFolder, rollouts: pa.Table, manifest: Manifest) -> list[DroppedRollout]:
+def _dropped(folder: Folder, rollouts: pa.Table, manifest: Manifest) -> list[DroppedRollout]:
     """Every dropped row with its reason, whether generation or extraction found it."""
     reasons: dict[int, str] = {}
     for record in read_records(folder, RESID_POST_MEAN).values():
@@ -79,7 +77,7 @@ def _dropped(folder: LocalFolder, rollouts: pa.Table, manifest: Manifest) -> lis
     ]
 
 
-def _provenance(manifest: Manifest, folder: LocalFolder, space: dict[str, Any]) -> list[tuple[str, str]]:
+def _provenance(manifest: Manifest, folder: Folder, space: dict[str, Any]) -> list[tuple[str, str]]:
     identity, session = manifest.identity, manifest.sessions[-1]
     model = identity["model"]
     files = ", ".join(f"{name} {digest[:12]}" for name, digest in model["files"].items())
@@ -92,8 +90,8 @@ def _provenance(manifest: Manifest, folder: LocalFolder, space: dict[str, Any]) 
         ("Generation", json.dumps(identity["generate"])),
         ("Pooling", identity["extract"]["pooling"]),
         ("Stored precision", f"{identity['store']['precision']} mantissa bits"),
-        ("Run", f"{folder.path.name}, identity {manifest.identity_hash}"),
-        ("Conversations", f"{identity['personas']['rows']}, hash {identity['personas']['conversations']}"),
+        ("Run", f"{folder.name}, identity {manifest.identity_hash}"),
+        ("Conversations", f"{manifest.layout.rows}, plan {' '.join(stored.sha256[:12] for stored in manifest.plan)}"),
         ("Fitted", str(space["fitted"])),
         ("Sessions", f"{len(manifest.sessions)}, last on {session['host']} at {session['started']}"),
         ("Code", session["git_commit"] or "not in git"),

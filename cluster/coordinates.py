@@ -5,24 +5,43 @@ from collections.abc import Mapping
 import numpy as np
 
 from personaspace.cluster.job import Job
-from personaspace.store.commit import COORDINATES_RECORD, commit, read_records
+from personaspace.store.commit import (
+    COORDINATES_RECORD,
+    ROLLOUTS,
+    commit,
+    committed_slots,
+    read_record,
+    read_records,
+)
 from personaspace.store.layout import coordinate_key
 from personaspace.store.lease import Fence
-from personaspace.store.schema import COORDINATES, RESID_POST_MEAN, STATUS, encode_coordinate
+from personaspace.store.schema import COORDINATES, STATUS, encode_coordinate
 
 
 def commit_coordinates(job: Job, fence: Fence, unit: int, tokens: Mapping[int, int]) -> tuple[int, int]:
     """Commit the coordinates of a unit whose shards all have records; returns its rows, and how many are dropped.
 
-    ``tokens`` is the response length of each row. A row is dropped if any of its shards' records says so.
+    ``tokens`` is the response length of each row. A row is dropped if any of its shards' records says so. Where the
+    unit has coordinates already (layers were added, or a shard was repaired) that say less, the next generation says
+    it all.
     """
     layout = job.layout
     planned = layout.unit_row_range(unit)
-    dropped: dict[int, str] = {}
-    for record in read_records(job.folder, RESID_POST_MEAN, unit).values():
-        dropped.update(record.dropped)
+    shards = read_records(job.folder, job.array.record, [unit])
+    dropped = {row: reason for record in shards.values() for row, reason in record.dropped.items()}
+    covers = tuple(sorted(f"{array}.{group:03d}" for array, _, group in shards))
+    rollouts = read_records(job.folder, ROLLOUTS, [unit])[(ROLLOUTS, unit, 0)]
+    source = rollouts.objects[0].sha256
+    slot = (COORDINATES_RECORD, unit, 0)
+    generation = job.redo.get(slot, 0)
+    committed = committed_slots(job.folder, unit).get(slot, -1)
+    if committed >= generation:
+        existing = read_record(job.folder, slot, committed)
+        if (existing.dropped, existing.covers, existing.source) == (dropped, covers, source):
+            return len(planned), len(dropped)
+        generation = committed + 1
 
-    rows = [job.plan.rows[row] for row in planned]
+    rows = [job.rows[row] for row in planned]
     padding = [0] * (layout.unit_rows - len(rows))
     status = [STATUS.index("dropped" if row in dropped else "ok") for row in planned]
     columns = {
@@ -36,9 +55,12 @@ def commit_coordinates(job: Job, fence: Fence, unit: int, tokens: Mapping[int, i
     }
     commit(
         fence,
-        (COORDINATES_RECORD, unit, 0),
+        slot,
         {coordinate_key(name, unit): encode_coordinate(columns[name], layout, name) for name in COORDINATES},
         rows=planned,
         dropped=dropped,
+        source=source,
+        covers=covers,
+        generation=generation,
     )
     return len(rows), len(dropped)

@@ -20,12 +20,11 @@ from personaspace.cluster.stages import StageActor, StageSpec, UnitShards, inspe
 from personaspace.cluster.waiting import next_finished, result
 from personaspace.extract.packing import MicroBatch
 from personaspace.extract.rollouts import micro_batches
-from personaspace.store.commit import COORDINATES_RECORD, ROLLOUTS, adopt, committed_slots, read_records
+from personaspace.store.commit import COORDINATES_RECORD, ROLLOUTS, adopt, read_records
 from personaspace.store.errors import InputError
-from personaspace.store.layout import shard_key
+from personaspace.store.layout import ZARR_GROUP, shard_key
 from personaspace.store.lease import Fence
 from personaspace.store.rollouts import read_rollouts
-from personaspace.store.schema import RESID_POST_MEAN
 
 UNCOMMITTED_WINDOWS = 2
 """Windows of a replica that may wait for their writers: bounds the host memory of its stages."""
@@ -42,6 +41,8 @@ class WindowWork:
     """Response tokens of each row."""
     dropped: dict[int, str]
     """Rows that were dropped before extraction."""
+    sources: dict[int, str]
+    """Unit -> SHA-256 of its rollouts."""
 
 
 def check_stages(job: Job, cluster: ClusterConfig) -> list[int]:
@@ -64,12 +65,16 @@ def extract(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> N
     absent = missing_units(job)
     if absent:
         raise InputError(
-            f"{job.folder.path}: {len(absent)} of {job.layout.units} units have no rollouts; run `generate` first."
+            f"{job.folder.url}: {len(absent)} of {job.layout.units} units have no rollouts; run `generate` first."
         )
     _adopt_orphans(job, fence)
-    done = committed_slots(job.folder)
+    done = job.committed()
+    covered = {
+        unit: len(record.covers) for (_, unit, _), record in read_records(job.folder, COORDINATES_RECORD).items()
+    }
     for unit in range(job.layout.units):
-        if not missing_groups(job, done, unit) and (COORDINATES_RECORD, unit, 0) not in done:
+        whole = (COORDINATES_RECORD, unit, 0) in done and covered[unit] >= len(job.array.wanted_groups(job.layout))
+        if not missing_groups(job, done, unit) and not whole:
             commit_coordinates(job, fence, unit, load_window(job, (unit,)).tokens)
     unfinished = [window for window in job.windows if any(missing_groups(job, done, unit) for unit in window)]
     waiting = sum(
@@ -93,8 +98,9 @@ def extract(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> N
 
 
 def missing_groups(job: Job, committed: dict[tuple[str, int, int], int], unit: int) -> tuple[int, ...]:
-    """Layer groups of the unit without a record."""
-    return tuple(g for g in range(job.layout.groups) if (RESID_POST_MEAN, unit, g) not in committed)
+    """Layer groups of the unit that are asked for and have no record."""
+    record = job.array.record
+    return tuple(group for group in job.array.wanted_groups(job.layout) if (record, unit, group) not in committed)
 
 
 def load_window(job: Job, units: tuple[int, ...]) -> WindowWork:
@@ -108,24 +114,35 @@ def load_window(job: Job, units: tuple[int, ...]) -> WindowWork:
         rollout_ids={entry["row"]: entry["rollout_id"] for entry in entries},
         tokens={entry["row"]: len(entry["response_token_ids"]) for entry in entries},
         dropped=dropped_rows(entries),
+        sources={
+            unit: record.objects[0].sha256 for (_, unit, _), record in read_records(job.folder, ROLLOUTS, units).items()
+        },
     )
 
 
 def _adopt_orphans(job: Job, fence: Fence) -> None:
-    done = committed_slots(job.folder)
+    done = job.committed()
+    # One listing: an object store would take minutes to be asked for every shard.
+    present = {entry.key for entry in job.folder.list(f"{ZARR_GROUP}/{job.array.path}/c")}
     for unit in range(job.layout.units):
-        groups = [g for g in missing_groups(job, done, unit) if job.folder.exists(shard_key(RESID_POST_MEAN, unit, g))]
+        groups = [
+            group
+            for group in missing_groups(job, done, unit)
+            # What is to be made again has lost its record's trust.
+            if (job.array.record, unit, group) not in job.redo and shard_key(job.array.path, unit, group) in present
+        ]
         if not groups:
             continue
         # The rollouts' own record knows what was dropped before extraction.
-        dropped = read_records(job.folder, ROLLOUTS, unit)[(ROLLOUTS, unit, 0)].dropped
+        rollouts = read_records(job.folder, ROLLOUTS, [unit])[(ROLLOUTS, unit, 0)]
         for group in groups:
             adopt(
                 fence,
-                (RESID_POST_MEAN, unit, group),
-                shard_key(RESID_POST_MEAN, unit, group),
+                (job.array.record, unit, group),
+                shard_key(job.array.path, unit, group),
                 rows=job.layout.unit_row_range(unit),
-                inspect=partial(inspect_shard, job.layout, unit, group, dropped),
+                source=rollouts.objects[0].sha256,
+                inspect=partial(inspect_shard, job.layout, unit, group, rollouts.dropped),
             )
 
 
@@ -145,7 +162,7 @@ class Extraction:
     ) -> None:
         self._job, self._fence, self._boundaries, self._report = job, fence, boundaries, report
         self._queue = queue
-        self._committed = committed_slots(job.folder)
+        self._committed = job.committed()
         self._work: dict[int, WindowWork] = {}
         self._replicas = [
             [cast(Any, StageActor).options(**workers.options()).remote(spec) for spec in self._specs(workers)]
@@ -221,7 +238,7 @@ class Extraction:
             self._commit_window(index, window)
 
     def _commit_window(self, index: int, window: int) -> None:
-        work, layout = self._work[window], self._job.layout
+        work, layout, record = self._work[window], self._job.layout, self._job.array.record
         for actor, first, stop in zip(self._replicas[index], self._boundaries, self._boundaries[1:], strict=False):
             own = range(first // layout.layer_group, math.ceil(stop / layout.layer_group))
             units = [
@@ -229,6 +246,8 @@ class Extraction:
                     unit=unit,
                     groups=tuple(g for g in missing_groups(self._job, self._committed, unit) if g in own),
                     dropped={row: why for row, why in work.dropped.items() if row in layout.unit_row_range(unit)},
+                    source=work.sources[unit],
+                    redo={g: n for (array, u, g), n in self._job.redo.items() if (array, u) == (record, unit)},
                 )
                 for unit in work.units
             ]

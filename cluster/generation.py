@@ -1,5 +1,6 @@
 """The generate step: hands batches of units to generator actors until every unit's rollouts are committed."""
 
+from functools import partial
 from typing import Any, cast
 
 import ray
@@ -17,14 +18,15 @@ from personaspace.cluster.job import Job
 from personaspace.cluster.session import share
 from personaspace.cluster.waiting import next_finished, result
 from personaspace.extract.chat import ChatFormat
-from personaspace.store.commit import ROLLOUTS, adopt, committed_slots
+from personaspace.store.commit import ROLLOUTS, adopt
+from personaspace.store.errors import InputError
 from personaspace.store.layout import rollouts_key
 from personaspace.store.lease import Fence
 
 
 def missing_units(job: Job) -> set[int]:
-    """Units whose rollouts are not committed."""
-    committed = committed_slots(job.folder)
+    """Units whose rollouts are not committed, or are to be made again."""
+    committed = job.committed()
     return {unit for unit in range(job.layout.units) if (ROLLOUTS, unit, 0) not in committed}
 
 
@@ -33,13 +35,16 @@ def generate(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> 
 
     Raises WorkerError naming the rollouts if a batch fails, LeaseError if another driver took over.
     """
-    for unit in sorted(missing_units(job)):
+    redone = {unit for array, unit, _ in job.redo if array == ROLLOUTS}
+    present = {entry.key for entry in job.folder.list(ROLLOUTS)}
+    orphans = {unit for unit in missing_units(job) - redone if rollouts_key(unit) in present}
+    for unit in sorted(orphans):
         adopt(
             fence,
             (ROLLOUTS, unit, 0),
             rollouts_key(unit),
             rows=job.layout.unit_row_range(unit),
-            inspect=inspect_rollouts,
+            inspect=partial(inspect_rollouts, job.ids(unit)),
         )
     missing = missing_units(job)
     rows_missing = sum(len(job.layout.unit_row_range(unit)) for unit in missing)
@@ -83,9 +88,17 @@ def _sample(job: Job, fence: Fence, cluster: ClusterConfig, missing: set[int], r
 
 
 def _unit_plan(job: Job, unit: int, missing: set[int]) -> UnitPlan:
-    rows = tuple(job.plan.rows[row] for row in job.layout.unit_row_range(unit))
+    rows = tuple(job.rows[row] for row in job.layout.unit_row_range(unit))
     roles = tuple(job.plan.roles[row.role_id].id for row in rows)
-    return UnitPlan(unit=unit, rows=rows, roles=roles, committed=unit not in missing)
+    unknown = [row for row, role in zip(rows, roles, strict=True) if not row.messages]
+    if unknown:
+        raise InputError(
+            f"personas: {len(unknown)} rollouts of unit {unit} (such as {unknown[0].rollout_id}, role "
+            f"{job.plan.roles[unknown[0].role_id].id!r}) belong to this run, are not generated yet, and are not in the "
+            "config. Give a config that has their roles, prompts and questions."
+        )
+    generation = job.redo.get((ROLLOUTS, unit, 0), 0)
+    return UnitPlan(unit=unit, rows=rows, roles=roles, committed=unit not in missing, generation=generation)
 
 
 def _tell(report: Report, done: GenerationReport) -> None:

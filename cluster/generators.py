@@ -1,7 +1,8 @@
 """Ray actors that generate: one whole model each, publishing finished units themselves."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import ray
 import torch
@@ -15,6 +16,7 @@ from personaspace.extract.generate.transformers_engine import TransformersEngine
 from personaspace.extract.personas import PlannedRollout
 from personaspace.extract.rollouts import generated_rollout, imported_rollout
 from personaspace.store.commit import ROLLOUTS, commit
+from personaspace.store.errors import IntegrityError
 from personaspace.store.layout import rollouts_key
 from personaspace.store.lease import Fence
 from personaspace.store.rollouts import Rollout, decode_rollouts, encode_rollouts
@@ -30,6 +32,8 @@ class UnitPlan:
     """Role id of each row."""
     committed: bool
     """It is there already; its rows only fill the batch, so that the others come out the same as before."""
+    generation: int = 0
+    """Of the record to write; above 0 in a repair."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +89,7 @@ class Generator:
                     for row, role in zip(unit.rows, unit.roles, strict=True)
                 ]
                 if not unit.committed:
-                    commit_rollouts(self._fence, unit.unit, rollouts)
+                    commit_rollouts(self._fence, unit, rollouts)
                     rows += len(rollouts)
                     dropped += sum(rollout.dropped is not None for rollout in rollouts)
         tokens = sum(len(response.token_ids) for response in responses)
@@ -98,7 +102,7 @@ def import_unit(fence: Fence, unit: UnitPlan, chat: ChatFormat, max_positions: i
         imported_rollout(row, role, chat=chat, max_positions=max_positions)
         for row, role in zip(unit.rows, unit.roles, strict=True)
     ]
-    commit_rollouts(fence, unit.unit, rollouts)
+    commit_rollouts(fence, unit, rollouts)
     return GenerationReport(
         rows=len(rollouts),
         dropped=sum(rollout.dropped is not None for rollout in rollouts),
@@ -106,21 +110,25 @@ def import_unit(fence: Fence, unit: UnitPlan, chat: ChatFormat, max_positions: i
     )
 
 
-def commit_rollouts(fence: Fence, unit: int, rollouts: Sequence[Rollout]) -> None:
+def commit_rollouts(fence: Fence, unit: UnitPlan, rollouts: Sequence[Rollout]) -> None:
     """Publish a unit's rollouts as one Parquet part. A valid part that is already there wins."""
     commit(
         fence,
-        (ROLLOUTS, unit, 0),
-        {rollouts_key(unit): encode_rollouts(rollouts)},
+        (ROLLOUTS, unit.unit, 0),
+        {rollouts_key(unit.unit): encode_rollouts(rollouts)},
         rows=range(rollouts[0].row, rollouts[-1].row + 1),
         dropped={rollout.row: rollout.dropped for rollout in rollouts if rollout.dropped is not None},
-        inspect=inspect_rollouts,
+        generation=unit.generation,
+        inspect=partial(inspect_rollouts, {row.row: row.rollout_id for row in unit.rows}),
     )
 
 
-def inspect_rollouts(data: bytes) -> dict[int, str]:
-    """Dropped rows of a part found without a record. Raises IntegrityError if it does not decode."""
-    return dropped_rows(decode_rollouts(data).select(["row", "dropped"]).to_pylist())
+def inspect_rollouts(ids: Mapping[int, str], data: bytes) -> dict[int, str]:
+    """Dropped rows of a part found without a record. Raises IntegrityError if it isn't the part of these rows."""
+    entries = decode_rollouts(data).select(["row", "rollout_id", "dropped"]).to_pylist()
+    if {entry["row"]: entry["rollout_id"] for entry in entries} != ids:
+        raise IntegrityError(f"{len(data)} bytes hold other rollouts than planned")
+    return dropped_rows(entries)
 
 
 def dropped_rows(columns: Sequence[dict[str, object]]) -> dict[int, str]:

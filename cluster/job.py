@@ -1,59 +1,100 @@
 """The job: everything that is decided before any work, resolved and checked, with nothing written yet."""
 
-import importlib.metadata
 import json
-import platform
-import re
-import socket
-import subprocess
-import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from personaspace.extract.chat import ChatFormat
 from personaspace.extract.checkpoint import Checkpoint, resolve
 from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig
+from personaspace.extract.growth import StoredPlan, continue_plan
 from personaspace.extract.packing import windows
-from personaspace.extract.personas import DEFAULT_ROLE, PersonaPlan, plan_imported, plan_personas
+from personaspace.extract.personas import (
+    DEFAULT_ROLE,
+    PersonaPlan,
+    PlannedRollout,
+    Question,
+    Role,
+    plan_imported,
+    plan_personas,
+)
+from personaspace.store.commit import Slot, committed_slots
 from personaspace.store.config import StoreConfig
-from personaspace.store.errors import InputError
+from personaspace.store.errors import IdentityError, InputError
+from personaspace.store.freeze import refuse_frozen
 from personaspace.store.layout import Layout, choose_layer_group, choose_unit_rows, interleave
-from personaspace.store.manifest import Manifest, check_identity
-from personaspace.store.objects import LocalFolder
-from personaspace.store.schema import RESID_POST_MEAN
-
-_PACKAGES = ("personaspace", "torch", "transformers", "accelerate", "ray", "zarr", "numcodecs", "numpy", "pyarrow")
+from personaspace.store.location import run_folder
+from personaspace.store.manifest import Manifest, check_identity, read_manifest
+from personaspace.store.objects import Folder
+from personaspace.store.plan import PlannedRow, read_plan
+from personaspace.store.schema import RESID_POST_MEAN, ArraySpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
     """A run as planned: pure data, shared by all steps and actors."""
 
-    folder: LocalFolder
+    folder: Folder
     model: ModelConfig
     generate: GenerateConfig
     extract: ExtractConfig
     store: StoreConfig
     checkpoint: Checkpoint
     plan: PersonaPlan
-    layout: Layout
-    unit_order: tuple[int, ...]
-    """Units in the order in which they are worked on."""
     manifest: Manifest
     """What run.json will say."""
+    existing: Manifest | None
+    """What it says now; None where there is no run."""
+    redo: Mapping[Slot, int] = field(default_factory=dict)
+    """Damaged pieces -> the generation in which a repair makes them again."""
+    rows: Mapping[int, PlannedRollout]
+    """Row of the rollout axis -> its rollout."""
+
+    @property
+    def layout(self) -> Layout:
+        return self.manifest.layout
+
+    @property
+    def array(self) -> ArraySpec:
+        """The array that is extracted."""
+        return next(spec for spec in self.manifest.arrays if spec.name == RESID_POST_MEAN)
 
     @property
     def windows(self) -> list[tuple[int, ...]]:
         """Units that are packed and committed together, in order."""
-        return windows(self.unit_order, self.layout.unit_rows, self.extract.window_rows)
+        return self._by_segment(self.extract.window_rows)
 
     @property
     def generation_batches(self) -> list[tuple[int, ...]]:
         """Units that are decoded together: fixed by the plan, so that a resume repeats them exactly."""
-        return windows(self.unit_order, self.layout.unit_rows, self.generate.batch_rows)
+        return self._by_segment(self.generate.batch_rows)
+
+    def committed(self) -> dict[Slot, int]:
+        """Slot -> committed generation, without what a repair has yet to make again."""
+        stored = committed_slots(self.folder)
+        return {slot: number for slot, number in stored.items() if number >= self.redo.get(slot, 0)}
+
+    def ids(self, unit: int) -> dict[int, str]:
+        """Row -> rollout id of a unit's planned rows."""
+        return {row: self.rows[row].rollout_id for row in self.layout.unit_row_range(unit)}
+
+    def planned_rows(self) -> list[PlannedRow]:
+        """The plan as it is stored."""
+        names = list(PlannedRow.__dataclass_fields__)
+        return [PlannedRow(**{name: getattr(row, name) for name in names}) for row in self.plan.rows]
+
+    def _by_segment(self, rows: int) -> list[tuple[int, ...]]:
+        # Growth must not move the borders of what is there, so none spans two segments.
+        return [
+            group
+            for units in self.layout.segment_units
+            for group in windows(
+                [unit for unit in self.manifest.unit_order if unit in units], self.layout.unit_rows, rows
+            )
+        ]
 
 
 def prepare(
@@ -67,38 +108,58 @@ def prepare(
 ) -> Job:
     """Resolve the model, plan the rollouts, lay out the store. Writes nothing.
 
-    Raises InputError for anything unusable, and IdentityError if the run exists with other settings.
+    Raises InputError for anything unusable, and IdentityError if the run exists with other settings or, unless it
+    may grow, with other rollouts.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", store.run):
-        raise InputError(f"store.run: {store.run!r} is no run name; use letters, digits, '.', '_' and '-'.")
+    folder = run_folder(store.root, store.run)
+    refuse_frozen(folder)
+    existing = read_manifest(folder)
     checkpoint = resolve(model)
     chat = ChatFormat(checkpoint, model)
     plan = _plan(personas, generate, checkpoint)
-    layout = _layout(plan, checkpoint, store)
-    order = interleave([plan.rows[unit * layout.unit_rows].role_id for unit in range(layout.units)])
-    batching = {**asdict(extract), "generate_batch_rows": generate.batch_rows}
-    manifest = Manifest(
-        identity={
-            "model": {
-                "name": checkpoint.name,
-                "revision": checkpoint.revision,
-                "files": checkpoint.files,
-                "dtype": model.dtype,
-                "template_hash": chat.template_hash,
-                "system_policy": chat.system_policy,
-            },
-            "personas": {"rows": len(plan.rows), "conversations": plan.content_hash()},
-            "generate": _generation(generate),
-            "extract": {"arrays": [RESID_POST_MEAN], "pooling": "mean over response tokens, float32", **batching},
-            "store": {**asdict(layout), "precision": store.precision},
+    layout = _layout(plan, checkpoint, store, None if existing is None else existing.layout)
+    packing = {name: value for name, value in asdict(extract).items() if name != "layers"}
+    identity = {
+        "model": {
+            "name": checkpoint.name,
+            "revision": checkpoint.revision,
+            "files": checkpoint.files,
+            "dtype": model.dtype,
+            "template_hash": chat.template_hash,
+            "system_policy": chat.system_policy,
         },
+        "generate": _generation(generate),
+        "extract": {
+            "pooling": "mean over response tokens, float32",
+            **packing,
+            "generate_batch_rows": generate.batch_rows,
+        },
+        "store": {
+            "layers": layout.layers,
+            "hidden": layout.hidden,
+            "unit_rows": layout.unit_rows,
+            "layer_group": layout.layer_group,
+            "precision": store.precision,
+        },
+    }
+    if existing is not None:
+        check_identity(folder, existing, identity)
+        stored = _stored_plan(folder, existing)
+        plan = continue_plan(stored, plan, existing.layout, grow=store.grow, where=folder.url)
+        added = len(plan.rows) - len(stored.rows)
+        layout = existing.layout.grow(added) if added else existing.layout
+    rows = {row.row: row for row in plan.rows}
+    manifest = Manifest(
+        identity=identity,
         layout=layout,
+        arrays=_arrays(existing, extract, layout, store.grow, folder.url),
         tables={"roles": [asdict(role) for role in plan.roles], "questions": [asdict(q) for q in plan.questions]},
-        plan={"rows": len(plan.rows), "rows_per_role": plan.rows_per_role(), "unit_order": order},
-        execution={**execution, "model": {"source": checkpoint.source}},
+        plan=() if existing is None else existing.plan,
+        unit_order=_unit_order(layout, rows),
+        metadata=() if existing is None else existing.metadata,
+        execution={**execution, "source": checkpoint.source},
+        sessions=() if existing is None else existing.sessions,
     )
-    folder = LocalFolder(Path(store.root).expanduser().resolve() / store.run)
-    check_identity(folder, manifest)
     return Job(
         folder=folder,
         model=model,
@@ -107,22 +168,10 @@ def prepare(
         store=store,
         checkpoint=checkpoint,
         plan=plan,
-        layout=layout,
-        unit_order=tuple(order),
+        rows=rows,
         manifest=manifest,
+        existing=existing,
     )
-
-
-def session_entry(epoch: int) -> dict[str, Any]:
-    """What run.json keeps about one driver: who, where, when, and with which software."""
-    return {
-        "epoch": epoch,
-        "host": socket.gethostname(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "git_commit": _git_commit(),
-    }
 
 
 def _plan(personas: PersonasConfig, generate: GenerateConfig, checkpoint: Checkpoint) -> PersonaPlan:
@@ -162,30 +211,64 @@ def _generation(generate: GenerateConfig) -> dict[str, Any]:
     }
 
 
-def _layout(plan: PersonaPlan, checkpoint: Checkpoint, store: StoreConfig) -> Layout:
+def _layout(plan: PersonaPlan, checkpoint: Checkpoint, store: StoreConfig, existing: Layout | None) -> Layout:
+    """The layout of a new run. R and G are an existing run's where the config leaves them open."""
     if store.layer_group is not None and store.layer_group > checkpoint.layers:
         raise InputError(f"store.layer_group: {store.layer_group} is more than the model's {checkpoint.layers} layers.")
     return Layout(
-        rows=len(plan.rows),
+        segments=(len(plan.rows),),
         layers=checkpoint.layers,
         hidden=checkpoint.hidden,
-        unit_rows=store.unit_rows or choose_unit_rows(plan.rows_per_role()),
-        layer_group=store.layer_group or choose_layer_group(checkpoint.layers),
+        unit_rows=store.unit_rows or (existing.unit_rows if existing else choose_unit_rows(plan.rows_per_role())),
+        layer_group=store.layer_group or (existing.layer_group if existing else choose_layer_group(checkpoint.layers)),
     )
 
 
-def _git_commit() -> str | None:
-    """Commit of the source tree that this package runs from, with `+` where it has changes; None if not in git."""
-    source = Path(__file__).resolve()
+def _arrays(
+    existing: Manifest | None, extract: ExtractConfig, layout: Layout, grow: bool, where: str
+) -> tuple[ArraySpec, ...]:
+    """The run's arrays, with the layers of the config added."""
+    asked = extract.layers
+    if asked is not None:
+        outside = [layer for layer in asked if not 0 <= layer < layout.layers]
+        if outside or not asked:
+            raise InputError(f"extract.layers: {outside or asked}; give some of the layers 0 to {layout.layers - 1}.")
+    new = ArraySpec(
+        name=RESID_POST_MEAN,
+        description="Mean over the response tokens of the residual stream after each block",
+        layers=None if asked is None else tuple(sorted(set(asked))),
+    )
+    if existing is None:
+        return (new,)
+    arrays = []
+    for spec in existing.arrays:
+        merged = spec
+        if spec.name == new.name and spec.layers is not None:
+            layers = None if new.layers is None else tuple(sorted({*spec.layers, *new.layers}))
+            merged = replace(spec, layers=layers)
+        if merged != spec and not grow:
+            raise IdentityError(
+                f"{where}: this run stores the layers {spec.layers}, and the config asks for more. Add --store.grow "
+                "to extract the others, too. Nothing was changed."
+            )
+        arrays.append(merged)
+    return tuple(arrays)
 
-    def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", *arguments], cwd=source.parent, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else None
 
-    try:
-        # An installed copy may lie inside somebody else's repository.
-        if git("ls-files", "--error-unmatch", source.name) is None:
-            return None
-        return git("describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*")
-    except FileNotFoundError:
-        return None
+def _unit_order(layout: Layout, rows: Mapping[int, PlannedRollout]) -> tuple[int, ...]:
+    """All units in the order of work: interleaved over roles, segment by segment."""
+    order: list[int] = []
+    for units in layout.segment_units:
+        first_roles = [rows[layout.unit_row_range(unit).start].role_id for unit in units]
+        order += [units.start + place for place in interleave(first_roles)]
+    return tuple(order)
+
+
+def _stored_plan(folder: Folder, manifest: Manifest) -> StoredPlan:
+    roles: list[Any] = list(manifest.tables["roles"])
+    questions: list[Any] = list(manifest.tables["questions"])
+    return StoredPlan(
+        roles=tuple(Role(**{**role, "prompts": tuple(role["prompts"])}) for role in roles),
+        questions=tuple(Question(**question) for question in questions),
+        rows=tuple(read_plan(folder, manifest)),
+    )

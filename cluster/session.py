@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,13 +13,14 @@ from typing import Any
 import ray
 
 from personaspace.cluster.config import ClusterConfig
-from personaspace.cluster.job import Job, session_entry
-from personaspace.store.errors import InputError, PersonaspaceError
-from personaspace.store.layout import ZARR_GROUP
-from personaspace.store.lease import LEASE, Fence, acquire
-from personaspace.store.manifest import MANIFEST, check_identity, write_session
-from personaspace.store.objects import SCRATCH
-from personaspace.store.schema import RESID_POST_MEAN, create_group
+from personaspace.cluster.job import Job
+from personaspace.cluster.provenance import session_entry
+from personaspace.store.creation import refuse_foreign, write_run
+from personaspace.store.errors import IdentityError, InputError, PersonaspaceError
+from personaspace.store.index import write_index
+from personaspace.store.lease import Fence, acquire
+from personaspace.store.location import is_local
+from personaspace.store.manifest import read_manifest
 
 
 class Interrupted(PersonaspaceError):
@@ -49,28 +50,19 @@ class Workers:
 
 @contextmanager
 def hold_run(job: Job, say: Callable[[str], None]) -> Iterator[Fence]:
-    """Hold the run's lease, create the run if it is new, and note this session in run.json."""
-    if not job.folder.exists(MANIFEST):
-        # What a driver leaves that was killed before it wrote run.json.
-        ours = {LEASE, f".{LEASE}.lock", SCRATCH, ZARR_GROUP}
-        foreign = sorted({path.name for path in job.folder.path.glob("*")} - ours)
-        if foreign:
-            raise InputError(f"{job.folder.path}: holds {foreign}, but no run.json; choose an empty place for the run.")
-    with acquire(job.folder, timeout=job.store.lease_timeout, say=say) as lease:
-        # Another driver may have created the run while this one waited for the lease.
-        existing = check_identity(job.folder, job.manifest)
-        if existing is None:
-            create_group(
-                job.folder.path,
-                job.layout,
-                {RESID_POST_MEAN: "Mean over the response tokens of the residual stream after each block"},
-                {"identity_hash": job.manifest.identity_hash},
+    """Hold the run's lease; create the run, or let it grow, as the job plans; note this session in run.json."""
+    refuse_foreign(job.folder)
+    after_epoch = 0 if job.existing is None else job.existing.last_epoch
+    with acquire(job.folder, timeout=job.store.lease_timeout, say=say, after_epoch=after_epoch) as lease:
+        if read_manifest(job.folder) != job.existing:
+            raise IdentityError(
+                f"{job.folder.url}: another driver changed the run while this one was getting ready. Repeat the "
+                "command. Nothing was changed."
             )
-            job.folder.sync(ZARR_GROUP)
-            existing = job.manifest
-        lease.fence.check()
-        write_session(job.folder, existing, job.manifest, session_entry(lease.epoch))
+        sessions = (*job.manifest.sessions, session_entry(lease.epoch))
+        stored = write_run(lease.fence, job.existing, replace(job.manifest, sessions=sessions), job.planned_rows())
         yield lease.fence
+        write_index(lease.fence, stored)
         job.folder.clear_scratch()
 
 
@@ -82,10 +74,12 @@ def ray_address(config: ClusterConfig) -> str | None:
 def check_shared_paths(config: ClusterConfig, paths: Mapping[str, str]) -> None:
     """Refuse relative paths (config key -> path) on a cluster: its nodes, and Ray jobs, have other working folders."""
     for key, path in paths.items():
-        if ray_address(config) is not None and not Path(path).expanduser().is_absolute():
+        relative = is_local(path) and not Path(path).expanduser().is_absolute()
+        if ray_address(config) is not None and relative:
             raise InputError(
                 f"{key}: {path} is relative, and this runs on the Ray cluster {ray_address(config)}, where every node "
-                "and every job has a working folder of its own. Give an absolute path that all nodes share."
+                "and every job has a working folder of its own. Give an absolute path that all nodes share, or a URL "
+                "such as s3://BUCKET/PATH."
             )
 
 

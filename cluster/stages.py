@@ -47,6 +47,10 @@ class UnitShards:
     """Layer groups of this stage without a record."""
     dropped: Mapping[int, str]
     """Rows that were dropped before extraction, with reasons."""
+    source: str
+    """SHA-256 of the rollouts that were run."""
+    redo: Mapping[int, int]
+    """Group -> generation of the record to write, where it is not 0: in a repair."""
 
 
 @ray.remote(concurrency_groups={"store": 1})
@@ -90,6 +94,8 @@ class StageActor:
                     {shard_key(RESID_POST_MEAN, unit.unit, group): encode_shard(values, spec.layout, spec.precision)},
                     rows=planned,
                     dropped=dropped,
+                    source=unit.source,
+                    generation=unit.redo.get(group, 0),
                     inspect=partial(inspect_shard, spec.layout, unit.unit, group, unit.dropped),
                 )
 

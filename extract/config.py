@@ -68,7 +68,11 @@ class GenerateConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtractConfig:
-    """How rollouts are packed for the forward pass (identity: packing moves bfloat16 results by up to 5e-3)."""
+    """What is read from the model, and how rollouts are packed for it (identity: packing moves bfloat16 results by
+    up to 5e-3)."""
+
+    layers: tuple[int, ...] | None = None
+    """Layers to store, 0-based, with all others of their layer groups. Default: all. A run may grow by layers."""
 
     micro_batch_tokens: Annotated[int, Ge(16)] = 8192
     """Padded tokens per micro-batch. A longer rollout runs alone."""

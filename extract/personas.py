@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from personaspace.extract import assistant_axis
 from personaspace.extract.config import PersonasConfig
 from personaspace.store.errors import InputError
+from personaspace.store.formats import assistant_axis
 
 DEFAULT_ROLE = "default"
 
@@ -58,7 +58,7 @@ class PlannedRollout:
     sample: int
     rollout_id: str
     messages: tuple[dict[str, str], ...]
-    """[{role, content}], ending with the user's turn."""
+    """[{role, content}], ending with the user's turn. Empty for a rollout of the run that the config lacks."""
     response: str | None = None
     """The finished response, where it is imported."""
 
@@ -74,13 +74,6 @@ class PersonaPlan:
     def rows_per_role(self) -> list[int]:
         counts = Counter(row.role_id for row in self.rows)
         return [counts[role_id] for role_id in range(len(self.roles))]
-
-    def content_hash(self) -> str:
-        """Hash of all conversations in row order: part of the run's identity."""
-        digest = hashlib.sha256()
-        for row in self.rows:
-            digest.update(row.rollout_id.encode())
-        return digest.hexdigest()[:16]
 
 
 def plan_personas(config: PersonasConfig, *, model_name: str, generation: str) -> PersonaPlan:

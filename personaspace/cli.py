@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.command == "status":
             if flags:
                 raise InputError(f"status: unknown argument {flags[0]}.")
-            return _status(Path(parsed.target))
+            return _status(parsed.target)
         if parsed.help:
             print_flags(f"personaspace {parsed.command} CONFIG")
         if parsed.target is None:
@@ -95,11 +95,11 @@ def _run(config: RunConfig, steps: Sequence[str]) -> None:
             generate=config.generate,
             extract=config.extract,
             store=config.store,
-            execution={"cluster": asdict(config.cluster), "analysis": asdict(config.analysis)},
+            execution={"config": asdict(config)},
         )
         check_stages(job, config.cluster)
-        target_layer(config.analysis, job.layout.layers)
-        print(f"run {job.folder.path}  (identity {job.manifest.identity_hash}, {job.layout.rows} rollouts)", flush=True)
+        target_layer(config.analysis, range(job.layout.layers))
+        print(f"run {job.folder.url}  (identity {job.manifest.identity_hash}, {job.layout.rows} rollouts)", flush=True)
         if {"generate", "extract"} & set(steps):
             with ExitStack() as stack:
                 display = stack.enter_context(ProgressDisplay())
@@ -110,21 +110,24 @@ def _run(config: RunConfig, steps: Sequence[str]) -> None:
                 if "extract" in steps:
                     extract(job, fence, config.cluster, display.report)
         if "fit" in steps:
-            space = fit(job.folder.path, config.analysis)
+            space = fit(job.folder, config.analysis)
             layer = space.sel(layer=space.attrs["target_layer"])
             print(
                 f"fit: {space.sizes['role']} roles, |cos(axis, PC1)| {float(layer['cos_axis_pc1']):.2f} at layer "
                 f"{int(layer['layer'])}"
             )
         if "report" in steps:
-            print(f"report: {publish_report(job.folder.path)}")
+            print(f"report: {publish_report(job.folder)}")
 
 
-def _status(target: Path) -> int:
-    from personaspace.cluster.status import describe
+def _status(target: str) -> int:
+    from personaspace.store.catalog import describe, summarize
+    from personaspace.store.location import open_folder, run_folder
 
-    if target.is_file():
-        store = load_config(target).store
-        target = Path(store.root) / store.run
-    print(describe(target.expanduser()))
+    if target.endswith((".yaml", ".yml")):
+        store = load_config(Path(target)).store
+        folder = run_folder(store.root, store.run)
+    else:
+        folder = open_folder(target)
+    print(describe(summarize(folder)))
     return 0

@@ -5,21 +5,23 @@ writer validates and adopts them, or replaces them. Work that remains = plan min
 """
 
 import hashlib
-import json
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from personaspace.store.errors import IntegrityError
 from personaspace.store.lease import Fence
-from personaspace.store.objects import LocalFolder
+from personaspace.store.objects import Folder
+from personaspace.store.sealed import seal, unseal
 
 COMMITS = "commits"
 ROLLOUTS = "rollouts"
 COORDINATES_RECORD = "coordinates"
+READ_THREADS = 16
+"""Requests at a time where many small objects are read: an object store answers each in some 20 ms."""
 
 Slot = tuple[str, int, int]
 """What a record commits: (array, unit, group). Arrays without layer groups use group 0."""
@@ -40,7 +42,7 @@ class StoredObject:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """One committed piece: a shard, a unit's coordinates, or a unit's rollouts."""
+    """One committed piece: a shard, a unit's coordinates, its rollouts, or its scores."""
 
     array: str
     unit: int
@@ -48,10 +50,14 @@ class Record:
     generation: int = 0
     """The highest one counts; a repair writes the next."""
     rows: tuple[int, int]
-    """First row and end of the unit on the rollout axis."""
+    """First row and end of the unit on the rollout axis, without padding."""
     objects: tuple[StoredObject, ...]
     dropped: Mapping[int, str] = field(default_factory=dict)
     """Row -> reason, for rows of the unit that must not be used."""
+    source: str | None = None
+    """SHA-256 of the unit's rollouts that this was made from; None for the rollouts themselves."""
+    covers: tuple[str, ...] = ()
+    """For coordinates: the records, as `array.group`, that were complete and vouch for the unit's status."""
     writer: str
     epoch: int
     """Lease epoch under which it was written."""
@@ -69,15 +75,20 @@ class Record:
         return record_key(self.slot, self.generation)
 
     def encode(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
+        return seal(asdict(self))
 
     @classmethod
-    def decode(cls, data: bytes) -> "Record":
-        raw: dict[str, Any] = json.loads(data)
-        raw["rows"] = tuple(raw["rows"])
-        raw["objects"] = tuple(StoredObject(**stored) for stored in raw["objects"])
-        raw["dropped"] = {int(row): reason for row, reason in raw["dropped"].items()}
-        return cls(**raw)
+    def decode(cls, data: bytes, where: str) -> "Record":
+        """Raises IntegrityError if the bytes are not a whole record."""
+        raw = unseal(data, where)
+        try:
+            raw["rows"] = tuple(raw["rows"])
+            raw["covers"] = tuple(raw["covers"])
+            raw["objects"] = tuple(StoredObject(**stored) for stored in raw["objects"])
+            raw["dropped"] = {int(row): reason for row, reason in raw["dropped"].items()}
+            return cls(**raw)
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise IntegrityError(f"{where}: not a record ({error!r}).") from error
 
 
 def record_key(slot: Slot, generation: int) -> str:
@@ -85,32 +96,50 @@ def record_key(slot: Slot, generation: int) -> str:
     return f"{COMMITS}/{unit:06d}/{array}.{group:03d}.{generation:03d}.json"
 
 
-def parse_record_key(key: str) -> tuple[Slot, int]:
-    """Slot and generation from a record's key: listing names is enough to know what is committed."""
-    _, unit, name = key.split("/")
-    array, group, generation, _ = name.rsplit(".", 3)
-    return (array, int(unit), int(group)), int(generation)
+def parse_record_key(key: str) -> tuple[Slot, int] | None:
+    """Slot and generation from a record's key; None for another file, such as the .nfs ones of network storage."""
+    parts = key.split("/")
+    fields = parts[-1].rsplit(".", 3)
+    if (
+        len(parts) != 3
+        or len(fields) != 4
+        or fields[3] != "json"
+        or not all(text.isdigit() for text in (parts[1], fields[1], fields[2]))
+    ):
+        return None
+    return (fields[0], int(parts[1]), int(fields[1])), int(fields[2])
 
 
-def committed_slots(folder: LocalFolder, unit: int | None = None) -> dict[Slot, int]:
+def committed_slots(folder: Folder, unit: int | None = None) -> dict[Slot, int]:
     """Slot -> highest committed generation, from one listing: of the whole run, or of one unit."""
     highest: dict[Slot, int] = {}
-    for key in folder.list(COMMITS if unit is None else f"{COMMITS}/{unit:06d}"):
-        if not key.endswith(".json"):
-            continue  # Such as the .nfs files of a network file system.
-        slot, generation = parse_record_key(key)
-        highest[slot] = max(generation, highest.get(slot, 0))
+    for entry in folder.list(COMMITS if unit is None else f"{COMMITS}/{unit:06d}"):
+        parsed = parse_record_key(entry.key)
+        if parsed is not None:
+            slot, generation = parsed
+            highest[slot] = max(generation, highest.get(slot, 0))
     return highest
 
 
-def read_records(folder: LocalFolder, array: str, unit: int | None = None) -> dict[Slot, Record]:
-    """Slot -> its record of the highest generation, for one array: of the whole run, or of one unit."""
-    committed = committed_slots(folder, unit)
-    return {
-        slot: Record.decode(folder.get(record_key(slot, generation)))
-        for slot, generation in committed.items()
-        if slot[0] == array
-    }
+def read_record(folder: Folder, slot: Slot, generation: int) -> Record:
+    """One record. Raises FileNotFoundError, or IntegrityError if it is damaged or another slot's."""
+    key = record_key(slot, generation)
+    record = Record.decode(folder.get(key), f"{folder.url}/{key}")
+    if record.key != key:
+        raise IntegrityError(f"{folder.url}/{key}: holds the record {record.key}.")
+    return record
+
+
+def read_records(folder: Folder, array: str, units: Iterable[int] | None = None) -> dict[Slot, Record]:
+    """Slot -> its record of the highest generation, for one array: of the whole run, or of some units.
+
+    Raises IntegrityError for a damaged record.
+    """
+    listings = [committed_slots(folder)] if units is None else [committed_slots(folder, unit) for unit in units]
+    wanted = {slot: number for listing in listings for slot, number in listing.items() if slot[0] == array}
+    with ThreadPoolExecutor(READ_THREADS) as threads:
+        records = threads.map(lambda item: read_record(folder, *item), wanted.items())
+        return dict(zip(wanted, records, strict=True))
 
 
 def commit(
@@ -120,40 +149,46 @@ def commit(
     *,
     rows: range,
     dropped: Mapping[int, str],
+    source: str | None = None,
+    covers: tuple[str, ...] = (),
     generation: int = 0,
     inspect: Inspect | None = None,
 ) -> Record:
     """Publish ``objects`` (key -> bytes) and record them under ``slot``.
 
     An object that is already there without a record is kept if ``inspect`` accepts it (the first one wins) and
-    replaced otherwise; without ``inspect`` any difference is replaced. Generations above 0 replace on purpose.
-    If another writer recorded the slot meanwhile, its record is returned. Raises LeaseError when fenced out.
+    replaced otherwise; without ``inspect``, and in generations above 0, any difference is replaced. If another
+    writer recorded the slot meanwhile, its record is returned. Raises LeaseError when fenced out.
     """
     fence.check()
     try:
-        return Record.decode(fence.folder.get(record_key(slot, generation)))
+        return read_record(fence.folder, slot, generation)
     except FileNotFoundError:
         pass  # The usual case: nobody has committed the slot.
     stored = []
     adopted = False
     for key, data in objects.items():
-        fence.check()
-        if generation == 0 and not fence.folder.put_new(key, data):
-            existing = fence.folder.get(key)
-            accepted = None if inspect is None or existing == data else _inspect(inspect, existing)
-            if accepted is not None:
-                data, dropped, adopted = existing, accepted, True
-            elif existing != data:
-                fence.check()
-                fence.folder.replace(key, data)
-        elif generation > 0:
-            fence.folder.replace(key, data)
-        stored.append(describe(key, data))
-    return _publish_record(fence, slot, stored, rows=rows, dropped=dropped, generation=generation, adopted=adopted)
+        kept, reasons = publish(fence, key, data, inspect if generation == 0 else None)
+        if reasons is not None:
+            dropped, adopted = reasons, True
+        stored.append(describe(key, kept))
+    return _publish_record(
+        fence,
+        slot,
+        stored,
+        rows=rows,
+        dropped=dropped,
+        source=source,
+        covers=covers,
+        generation=generation,
+        adopted=adopted,
+    )
 
 
-def adopt(fence: Fence, slot: Slot, key: str, *, rows: range, inspect: Inspect) -> Record | None:
-    """Record an object that a crash left without a record, if it is there and ``inspect`` accepts it."""
+def adopt(
+    fence: Fence, slot: Slot, key: str, *, rows: range, inspect: Inspect, source: str | None = None, generation: int = 0
+) -> Record | None:
+    """Record an object that is there without a record, if ``inspect`` accepts it; otherwise None."""
     try:
         data = fence.folder.get(key)
     except FileNotFoundError:
@@ -161,7 +196,16 @@ def adopt(fence: Fence, slot: Slot, key: str, *, rows: range, inspect: Inspect) 
     dropped = _inspect(inspect, data)
     if dropped is None:
         return None
-    return _publish_record(fence, slot, [describe(key, data)], rows=rows, dropped=dropped, generation=0, adopted=True)
+    return _publish_record(
+        fence,
+        slot,
+        [describe(key, data)],
+        rows=rows,
+        dropped=dropped,
+        source=source,
+        generation=generation,
+        adopted=True,
+    )
 
 
 def describe(key: str, data: bytes) -> StoredObject:
@@ -169,15 +213,41 @@ def describe(key: str, data: bytes) -> StoredObject:
     return StoredObject(key=key, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def read_object(folder: LocalFolder, stored: StoredObject) -> bytes:
+def read_object(folder: Folder, stored: StoredObject) -> bytes:
     """Bytes of a recorded object. Raises IntegrityError if it is missing or not what the record says."""
     try:
         data = folder.get(stored.key)
     except FileNotFoundError as error:
-        raise IntegrityError(f"{folder.path / stored.key}: is recorded, but missing.") from error
+        raise IntegrityError(f"{folder.url}/{stored.key}: is recorded, but missing.") from error
     if describe(stored.key, data) != stored:
-        raise IntegrityError(f"{folder.path / stored.key}: {len(data)} bytes that differ from their record.")
+        raise IntegrityError(f"{folder.url}/{stored.key}: {len(data)} bytes that differ from their record.")
     return data
+
+
+def publish(
+    fence: Fence, key: str, data: bytes, inspect: Inspect | None = None
+) -> tuple[bytes, Mapping[int, str] | None]:
+    """Put ``data`` in place, or keep what ``inspect`` accepts there.
+
+    Returns the bytes that now count, and if they were found, their dropped rows. Raises LeaseError when fenced out.
+    """
+    while True:
+        fence.check()
+        if fence.folder.put_new(key, data):
+            return data, None
+        try:
+            existing = fence.folder.get(key)
+        except FileNotFoundError:
+            continue  # Deleted meanwhile.
+        if existing == data:
+            return data, None
+        reasons = None if inspect is None else _inspect(inspect, existing)
+        if reasons is not None:
+            return existing, reasons
+        fence.check()
+        # Only what was seen is replaced: a writer that is paused right here can't undo its successor's work.
+        if fence.folder.compare_and_swap(key, existing, data):
+            return data, None
 
 
 def _inspect(inspect: Inspect, data: bytes) -> Mapping[int, str] | None:
@@ -194,8 +264,10 @@ def _publish_record(
     *,
     rows: range,
     dropped: Mapping[int, str],
+    source: str | None,
     generation: int,
     adopted: bool,
+    covers: tuple[str, ...] = (),
 ) -> Record:
     array, unit, group = slot
     record = Record(
@@ -206,6 +278,8 @@ def _publish_record(
         rows=(rows.start, rows.stop),
         objects=tuple(stored),
         dropped=dict(dropped),
+        source=source,
+        covers=covers,
         writer=f"{socket.gethostname()}:{os.getpid()}",
         epoch=fence.epoch,
         adopted=adopted,
@@ -214,4 +288,4 @@ def _publish_record(
     fence.check()
     if fence.folder.put_new(record.key, record.encode()):
         return record
-    return Record.decode(fence.folder.get(record.key))
+    return read_record(fence.folder, slot, generation)

@@ -13,9 +13,12 @@ class StoreConfig:
     """Where the run lives and how its arrays are laid out."""
 
     root: str = "runs"
-    """Folder that holds the runs, shared by every node of the cluster."""
+    """Where the runs are: a folder that every node of the cluster sees, or s3://BUCKET/PATH, gs://..., az://...
+    Credentials come from the environment or the cloud SDK's own files."""
     run: str = "run"
     """Name of the run: its folder under `root`. Letters, digits, '.', '_' and '-'."""
+    grow: bool = False
+    """Add to an existing run what the config has and the run lacks: roles, prompts, questions, samples (execution)."""
     precision: Precision = "16"
     """Kept mantissa bits of each float32 value (identity). 16 bits: rms error 1e-4 of a dimension's spread."""
     unit_rows: Annotated[int, Ge(1)] | None = None
@@ -25,4 +28,4 @@ class StoreConfig:
     """Layers per shard, the G of the layout (identity); stage boundaries are multiples of it. Default: a divisor of
     the number of layers that gives at least six groups."""
     lease_timeout: Annotated[float, Ge(1)] = 60.0
-    """Seconds without heartbeat after which another host's driver counts as dead (execution)."""
+    """Seconds without a sign of life after which another host's driver counts as dead (execution)."""

@@ -29,6 +29,12 @@ class IntegrityError(PersonaspaceError):
     exit_code = 4
 
 
+class StorageError(PersonaspaceError):
+    """The disk or the object store refused or failed: full, read-only, unreachable. What is committed is safe."""
+
+    exit_code = 6
+
+
 class WorkerError(PersonaspaceError):
     """Work on some rollouts failed; the message names them and carries the worker's traceback."""
 

@@ -5,18 +5,19 @@ holds ``(R, G, hidden)`` values, its inner chunks ``(R, 1, hidden)``, and has ex
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 ZARR_GROUP = "activations.zarr"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Shape of a run's arrays. Fixed when the run is created, and part of its identity."""
+    """Shape of a run's arrays. A run grows by segments; all else is fixed when it is created."""
 
-    rows: int
-    """Planned rollouts, without the padding of the last unit."""
+    segments: tuple[int, ...]
+    """Planned rollouts of each segment: the first plan, then what was added. Each begins a new unit."""
     layers: int
     """Blocks of the model; the layer axis always has this length."""
     hidden: int
@@ -27,8 +28,19 @@ class Layout:
     """G: layers per shard."""
 
     @property
+    def rows(self) -> int:
+        """Planned rollouts, without the padding of each segment's last unit."""
+        return sum(self.segments)
+
+    @property
+    def segment_units(self) -> list[range]:
+        """Units of each segment."""
+        ends = list(accumulate(math.ceil(rows / self.unit_rows) for rows in self.segments))
+        return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+    @property
     def units(self) -> int:
-        return math.ceil(self.rows / self.unit_rows)
+        return self.segment_units[-1].stop if self.segments else 0
 
     @property
     def padded_rows(self) -> int:
@@ -44,12 +56,30 @@ class Layout:
         return slice(unit * self.unit_rows, (unit + 1) * self.unit_rows)
 
     def unit_row_range(self, unit: int) -> range:
-        """Planned rows of the unit: shorter than R for the last one, where padding follows."""
-        return range(unit * self.unit_rows, min((unit + 1) * self.unit_rows, self.rows))
+        """Planned rows of the unit: shorter than R for the last one of a segment, where padding follows."""
+        for units, rows in zip(self.segment_units, self.segments, strict=True):
+            if unit in units:
+                first = units.start * self.unit_rows
+                return range(unit * self.unit_rows, min((unit + 1) * self.unit_rows, first + rows))
+        raise ValueError(f"unit {unit} of a run with {self.units} units")
+
+    def planned_rows(self) -> Iterator[int]:
+        """Rows of all rollouts, in order, without padding."""
+        for units, rows in zip(self.segment_units, self.segments, strict=True):
+            yield from range(units.start * self.unit_rows, units.start * self.unit_rows + rows)
 
     def group_layers(self, group: int) -> range:
         """Layers of the group."""
         return range(group * self.layer_group, min((group + 1) * self.layer_group, self.layers))
+
+    def grow(self, rows: int) -> "Layout":
+        """The layout with one more segment of ``rows`` rollouts."""
+        return replace(self, segments=(*self.segments, rows))
+
+    def of_spans(self, capacity: int) -> "Layout":
+        """Layout of arrays with ``capacity`` places for spans for each row of the rollout axis."""
+        spans = tuple(len(units) * self.unit_rows * capacity for units in self.segment_units)
+        return replace(self, segments=spans, unit_rows=self.unit_rows * capacity)
 
     def stage_boundaries(self, stages: int) -> list[int]:
         """Split the layers over ``stages`` at multiples of G: ``[0, ..., layers]``, as even as groups allow.
@@ -63,7 +93,7 @@ class Layout:
 
 
 def shard_key(array: str, unit: int, group: int) -> str:
-    """Key of a shard of ``array`` inside the run folder (Zarr v3 default chunk keys)."""
+    """Key of a shard of ``array``, its path in the group, inside the run folder (Zarr v3 default chunk keys)."""
     return f"{ZARR_GROUP}/{array}/c/{unit}/{group}/0"
 
 

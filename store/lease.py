@@ -4,7 +4,6 @@
 every publish checks it, so an actor that outlives its driver, or wakes after a takeover, writes nothing more.
 """
 
-import json
 import os
 import socket
 import threading
@@ -15,10 +14,13 @@ from pathlib import Path
 
 import psutil
 
-from personaspace.store.errors import LeaseError
-from personaspace.store.objects import LocalFolder
+from personaspace.store.errors import IntegrityError, LeaseError, StorageError
+from personaspace.store.objects import Folder
+from personaspace.store.sealed import seal, unseal
 
 LEASE = "lease.json"
+BEATS = 6
+"""Heartbeats in one timeout: so many may fail before anybody takes over."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,41 +40,44 @@ class Holder:
     released: bool = False
     """The driver ended in order."""
 
-    def encode(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
+    @property
+    def where(self) -> str:
+        return f"{self.host} pid {self.pid}"
 
-    def is_dead(self, timeout: float) -> bool:
-        """Released, or its process is gone (same host), or silent for ``timeout`` seconds (another host)."""
-        if self.released:
-            return True
-        if self.is_local():
-            return not _is_running(self.pid, self.started)
-        return time.time() - self.heartbeat > timeout
+    def encode(self) -> bytes:
+        return seal(asdict(self))
+
+    def has_ended(self) -> bool:
+        """Whether the driver is known to be gone: released, or its process on this host is no more."""
+        return self.released or (self.is_local() and not _is_running(self.pid, self.started))
 
     def is_local(self) -> bool:
         """Whether the holder's pid can be looked up from this process."""
         return (self.host, self.pid_space) == (socket.gethostname(), _pid_space())
+
+    def is_same_driver(self, other: "Holder") -> bool:
+        return replace(self, heartbeat=0, released=False) == replace(other, heartbeat=0, released=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Fence:
     """Checks, before each publish, that an epoch still holds the run. Picklable, for worker processes."""
 
-    folder: LocalFolder
+    folder: Folder
     epoch: int
 
     def check(self) -> None:
         """Raise LeaseError if another driver has taken over."""
         holder = read_holder(self.folder)
         if holder is None or holder.epoch != self.epoch or holder.released:
-            now = "nobody" if holder is None else f"{holder.host} pid {holder.pid} (epoch {holder.epoch})"
-            raise LeaseError(f"{self.folder.path}: lease epoch {self.epoch} has ended, the run now belongs to {now}.")
+            now = "nobody" if holder is None else f"{holder.where} (epoch {holder.epoch})"
+            raise LeaseError(f"{self.folder.url}: lease epoch {self.epoch} has ended, the run now belongs to {now}.")
 
 
 class Lease:
     """The driver's hold on a run; a context manager that keeps the heartbeat going and releases at the end."""
 
-    def __init__(self, folder: LocalFolder, holder: Holder, interval: float) -> None:
+    def __init__(self, folder: Folder, holder: Holder, interval: float) -> None:
         self.fence = Fence(folder, holder.epoch)
         self._folder = folder
         self._holder = holder
@@ -94,39 +99,48 @@ class Lease:
 
     def _beat(self, interval: float) -> None:
         while not self._stop.wait(interval):
-            if not self._renew():
-                return  # Taken over: the next fence check says so where it matters.
+            try:
+                if not self._renew():
+                    return  # Taken over: the next fence check says so where it matters.
+            except StorageError:
+                continue  # The storage is away for the moment; whoever publishes reports it.
+            except LeaseError:
+                return  # Damaged: every publish finds it so.
 
     def _renew(self, *, released: bool = False) -> bool:
-        renewed = replace(self._holder, heartbeat=time.time(), released=released)
-        if not self._folder.compare_and_swap(LEASE, self._holder.encode(), renewed.encode()):
+        data = _read(self._folder)
+        # An earlier renewal may have been stored although its answer was an error, so what is stored decides.
+        stored = None if data is None else _decode(self._folder, data)
+        if stored is None or not stored.is_same_driver(self._holder):
             return False
-        self._holder = renewed
-        return True
+        renewed = replace(self._holder, heartbeat=time.time(), released=released)
+        return self._folder.compare_and_swap(LEASE, data, renewed.encode())
 
 
-def read_holder(folder: LocalFolder) -> Holder | None:
+def read_holder(folder: Folder) -> Holder | None:
     """Current content of ``lease.json``, or None where no driver ever was."""
     data = _read(folder)
     return None if data is None else _decode(folder, data)
 
 
-def acquire(folder: LocalFolder, *, timeout: float, say: Callable[[str], None]) -> Lease:
-    """Take the run's lease.
+def acquire(
+    folder: Folder, *, timeout: float, say: Callable[[str], None], after_epoch: int = 0, mend: bool = False
+) -> Lease:
+    """Take the run's lease, with an epoch above ``after_epoch`` and above that of the last holder.
 
-    A holder on this host whose process is gone is replaced at once; one on another host after ``timeout``
-    seconds of silence, which ``say`` reports. Raises LeaseError if the holder shows a sign of life.
+    A holder on this host whose process is gone is replaced at once; one on another host after it gave no sign of
+    life for ``timeout`` seconds, which ``say`` reports. No clocks are compared: the taker watches the lease that
+    long. Raises LeaseError if the holder is alive, or if the lease is damaged and ``mend`` does not replace it.
     """
-    told = False
-    first = None
+    watched: bytes | None = None
+    until = 0.0
     while True:
         data = _read(folder)
-        current = None if data is None else _decode(folder, data)
-        first = first or current
-        if current is None or current.is_dead(timeout):
+        current = None if data is None else _decode(folder, data, mend=mend)
+        if current is None or current.has_ended() or (data == watched and time.monotonic() > until):
             me = psutil.Process()
             holder = Holder(
-                epoch=1 if current is None else current.epoch + 1,
+                epoch=1 + max(after_epoch, 0 if current is None else current.epoch),
                 host=socket.gethostname(),
                 pid_space=_pid_space(),
                 pid=me.pid,
@@ -134,33 +148,32 @@ def acquire(folder: LocalFolder, *, timeout: float, say: Callable[[str], None]) 
                 heartbeat=time.time(),
             )
             if folder.compare_and_swap(LEASE, data, holder.encode()):
-                return Lease(folder, holder, interval=timeout / 6)
+                return Lease(folder, holder, interval=timeout / BEATS)
             continue
-        where = f"{current.host} pid {current.pid}"
-        if current.is_local() or current != first:
+        if current.is_local() or watched not in (None, data):
             raise LeaseError(
-                f"{folder.path}: the run is being written by {where}. Wait for it, stop it, or use another --store.run."
+                f"{folder.url}: the run is being written by {current.where}. Wait for it, stop it, or use another run."
             )
-        if not told:
-            say(f"{folder.path}: last written by {where}; waiting up to {timeout:.0f} s for a sign of life.")
-            told = True
+        if watched is None:
+            say(f"{folder.url}: last written by {current.where}; waiting {timeout:.0f} s for a sign of life.")
+            watched, until = data, time.monotonic() + timeout
         time.sleep(min(1.0, timeout / 10))
 
 
-def _read(folder: LocalFolder) -> bytes | None:
+def _read(folder: Folder) -> bytes | None:
     try:
         return folder.get(LEASE)
     except FileNotFoundError:
         return None
 
 
-def _decode(folder: LocalFolder, data: bytes) -> Holder:
+def _decode(folder: Folder, data: bytes, *, mend: bool = False) -> Holder | None:
     try:
-        return Holder(**json.loads(data))
-    except (ValueError, TypeError) as error:
-        raise LeaseError(
-            f"{folder.path / LEASE}: not a lease ({error}). If no driver is running, delete this file."
-        ) from error
+        return Holder(**unseal(data, f"{folder.url}/{LEASE}"))
+    except (IntegrityError, TypeError) as error:
+        if mend:
+            return None
+        raise LeaseError(f"{error} If no driver is running, `personaspace store repair` replaces it.") from error
 
 
 def _pid_space() -> str:

@@ -1,92 +1,135 @@
-"""``run.json``: what a run is (identity, hashed), and how it was carried out (execution, free to change)."""
+"""``run.json``: what a run is (identity, hashed), what it holds (grows), and how it was carried out (free to change).
+
+It can't be computed again from anything else, so a copy lies beside it.
+"""
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from personaspace.store.errors import IdentityError, InputError, IntegrityError
+from personaspace.store.commit import StoredObject
+from personaspace.store.errors import IdentityError, InputError, IntegrityError, LeaseError
 from personaspace.store.layout import Layout
-from personaspace.store.objects import LocalFolder
+from personaspace.store.lease import Fence
+from personaspace.store.objects import Folder
+from personaspace.store.schema import ArraySpec
+from personaspace.store.sealed import seal, unseal
 
 MANIFEST = "run.json"
-SCHEMA_VERSION = 1
+MANIFEST_COPY = "run.copy.json"
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """Content of ``run.json``."""
 
-    schema_version: int = SCHEMA_VERSION
     identity: Mapping[str, Any]
-    """All that decides the numbers: model, personas, generation, extraction, layout, precision."""
+    """All that decides the numbers of a rollout: model, generation, extraction, layout, precision. Never changes."""
     layout: Layout
+    """Grows by segments."""
+    arrays: tuple[ArraySpec, ...]
+    """Arrays of activations. Grows."""
+    spans_per_rollout: int = 0
+    """Places for spans of each rollout in the arrays of the group `spans`; 0 where there is none."""
     tables: Mapping[str, list[Mapping[str, Any]]]
-    """`roles` and `questions` with their permanent ids; coordinates are indices into them."""
-    plan: Mapping[str, Any]
-    """Rows per role, and the order in which units are worked on."""
+    """`roles` and `questions` with their permanent ids; coordinates are indices into them. Grows at the ends."""
+    plan: tuple[StoredObject, ...]
+    """The Parquet file of each segment's planned rollouts."""
+    unit_order: tuple[int, ...]
+    """Units in the order of work."""
+    metadata: tuple[StoredObject, ...] = ()
+    """The objects of the Zarr group that are no data: `zarr.json` of all arrays, and `layer`."""
     execution: Mapping[str, Any]
-    """How the latest session runs: cluster, analysis, full model path. May differ between resumes."""
-    sessions: list[Mapping[str, Any]] = field(default_factory=list)
-    """One entry a driver: epoch, host, start, package versions, git commit."""
+    """How the latest session runs: its whole config. May differ between resumes."""
+    sessions: tuple[Mapping[str, Any], ...] = ()
+    """One entry a driver: epoch, user, host, start, package versions, git commit."""
 
     @property
     def identity_hash(self) -> str:
         canonical = json.dumps(self.identity, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
+    @property
+    def last_epoch(self) -> int:
+        """Highest lease epoch of all sessions."""
+        return max((int(session["epoch"]) for session in self.sessions), default=0)
+
     def encode(self) -> bytes:
-        return (json.dumps({**asdict(self), "identity_hash": self.identity_hash}, indent=1) + "\n").encode()
+        head = {"schema_version": SCHEMA_VERSION, "identity_hash": self.identity_hash}
+        return seal({**head, **asdict(self)})
 
     @classmethod
     def decode(cls, data: bytes, where: str) -> "Manifest":
+        """Raises IntegrityError if the bytes are damaged, edited, or of another version."""
         try:
-            raw = json.loads(data)
-            version = raw["schema_version"]
-            if version != SCHEMA_VERSION:
-                raise IntegrityError(f"{where}: schema_version {version} is not readable, this is {SCHEMA_VERSION}.")
+            version = json.loads(data)["schema_version"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise IntegrityError(
+                f"{where}: not a run manifest ({error!r}). `personaspace store repair` restores it from its copy."
+            ) from error
+        if version != SCHEMA_VERSION:
+            raise IntegrityError(f"{where}: schema_version {version} is not readable, this is {SCHEMA_VERSION}.")
+        raw = unseal(data, where)
+        try:
+            del raw["schema_version"]
             stored_hash = raw.pop("identity_hash")
-            manifest = cls(**{**raw, "layout": Layout(**raw["layout"])})
+            layout = {**raw["layout"], "segments": tuple(raw["layout"]["segments"])}
+            arrays = [{**a, "layers": None if a["layers"] is None else tuple(a["layers"])} for a in raw["arrays"]]
+            manifest = cls(
+                **{
+                    **raw,
+                    "layout": Layout(**layout),
+                    "arrays": tuple(ArraySpec(**array) for array in arrays),
+                    "plan": tuple(StoredObject(**stored) for stored in raw["plan"]),
+                    "unit_order": tuple(raw["unit_order"]),
+                    "metadata": tuple(StoredObject(**stored) for stored in raw["metadata"]),
+                    "sessions": tuple(raw["sessions"]),
+                }
+            )
         except (ValueError, TypeError, KeyError) as error:
             raise IntegrityError(f"{where}: not a run manifest ({error!r}).") from error
         if manifest.identity_hash != stored_hash:
-            raise IntegrityError(f"{where}: identity_hash {stored_hash} does not match the identity; file was edited.")
+            raise IntegrityError(f"{where}: identity_hash {stored_hash} does not match the identity.")
         return manifest
 
 
-def read_manifest(folder: LocalFolder) -> Manifest | None:
+def read_manifest(folder: Folder, key: str = MANIFEST) -> Manifest | None:
     """The run's manifest, or None where there is no run."""
     try:
-        return Manifest.decode(folder.get(MANIFEST), str(folder.path / MANIFEST))
+        return Manifest.decode(folder.get(key), f"{folder.url}/{key}")
     except FileNotFoundError:
         return None
 
 
-def require_manifest(folder: LocalFolder) -> Manifest:
+def require_manifest(folder: Folder) -> Manifest:
     """The run's manifest. Raises InputError where there is no run."""
     manifest = read_manifest(folder)
     if manifest is None:
-        raise InputError(f"{folder.path}: no run here (no run.json). Give the folder of a run, such as runs/demo.")
+        raise InputError(f"{folder.url}: no run here (no run.json). Give the folder of a run, such as runs/demo.")
     return manifest
 
 
-def check_identity(folder: LocalFolder, planned: Manifest) -> Manifest | None:
-    """The existing manifest if it has the planned identity; None if there is no run; else IdentityError with a diff."""
-    existing = read_manifest(folder)
-    if existing is None or existing.identity_hash == planned.identity_hash:
-        return existing
-    lines = "\n".join(f"  {line}" for line in identity_diff(existing.identity, planned.identity))
-    raise IdentityError(
-        f"{folder.path}: this run exists with another identity. Stored -> asked for:\n{lines}\n"
-        "Use another --store.run for the new settings, or the stored settings to resume. Nothing was changed."
-    )
+def write_manifest(fence: Fence, before: Manifest | None, after: Manifest) -> None:
+    """Replace ``run.json`` and then its copy. Raises LeaseError if it is no longer ``before``."""
+    fence.check()
+    data = after.encode()
+    expected = None if before is None else before.encode()
+    if not fence.folder.compare_and_swap(MANIFEST, expected, data):
+        raise LeaseError(f"{fence.folder.url}/{MANIFEST}: was changed by another driver; start again.")
+    fence.folder.replace(MANIFEST_COPY, data)
 
 
-def write_session(folder: LocalFolder, manifest: Manifest, planned: Manifest, session: Mapping[str, Any]) -> None:
-    """Note a new session and its execution half in ``run.json``. Only the lease holder calls this."""
-    updated = replace(manifest, execution=planned.execution, sessions=[*manifest.sessions, session])
-    folder.replace(MANIFEST, updated.encode())
+def check_identity(folder: Folder, existing: Manifest, planned: Mapping[str, Any]) -> None:
+    """Raise IdentityError with a diff if the run has another identity than the planned one."""
+    lines = "\n".join(f"  {line}" for line in identity_diff(existing.identity, planned))
+    if lines:
+        raise IdentityError(
+            f"{folder.url}: this run exists with another identity. Stored -> asked for:\n{lines}\n"
+            "Use another --store.run for the new settings, or the stored settings to resume. Nothing was changed."
+        )
 
 
 def identity_diff(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:

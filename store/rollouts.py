@@ -2,14 +2,15 @@
 
 import io
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from personaspace.store.commit import ROLLOUTS, read_object, read_records
+from personaspace.store.commit import READ_THREADS, ROLLOUTS, Record, read_object, read_records
 from personaspace.store.errors import IntegrityError
-from personaspace.store.objects import LocalFolder
+from personaspace.store.objects import Folder
 
 SCHEMA = pa.schema(
     [
@@ -84,14 +85,17 @@ def decode_rollouts(data: bytes) -> pa.Table:
     return table
 
 
-def read_rollouts(
-    folder: LocalFolder, units: Iterable[int] | None = None, columns: list[str] | None = None
-) -> pa.Table:
+def read_rollouts(folder: Folder, units: Iterable[int] | None = None, columns: list[str] | None = None) -> pa.Table:
     """Committed rollouts: all of them in row order, or those of ``units`` in their order; all columns, or some."""
-    if units is None:
-        records = [record for _, record in sorted(read_records(folder, ROLLOUTS).items())]
-    else:
-        records = [record for unit in units for record in read_records(folder, ROLLOUTS, unit).values()]
-    tables = [decode_rollouts(read_object(folder, record.objects[0])) for record in records]
-    table = pa.concat_tables([SCHEMA.empty_table(), *tables])
-    return table if columns is None else table.select(columns)
+    chosen = None if units is None else list(units)
+    by_unit = {unit: record for (_, unit, _), record in read_records(folder, ROLLOUTS, chosen).items()}
+    records = [by_unit[unit] for unit in (sorted(by_unit) if chosen is None else chosen) if unit in by_unit]
+
+    def part(record: Record) -> pa.Table:
+        table = decode_rollouts(read_object(folder, record.objects[0]))
+        return table if columns is None else table.select(columns)
+
+    with ThreadPoolExecutor(READ_THREADS) as threads:
+        parts = list(threads.map(part, records))
+    empty = SCHEMA.empty_table() if columns is None else SCHEMA.empty_table().select(columns)
+    return pa.concat_tables([empty, *parts])

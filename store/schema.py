@@ -1,12 +1,12 @@
 """The Zarr group of a run: its arrays, and the bytes of single shards and chunks encoded in memory.
 
-Zarr itself encodes: a shard is written to a one-shard array of the same schema in a MemoryStore, and the
-resulting object is published by the commit protocol. So any Zarr v3 reader can decode what is stored.
+Zarr itself encodes: metadata, shards and chunks are written to a MemoryStore, and the resulting objects are
+published by the commit protocol. So any Zarr v3 reader can decode what is stored.
 """
 
 import warnings
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numcodecs
@@ -15,15 +15,19 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import MemoryStore
 
 from personaspace.store.config import Precision
 from personaspace.store.errors import IntegrityError
 from personaspace.store.layout import ZARR_GROUP, Layout
 
 RESID_POST_MEAN = "resid_post_mean"
+SPANS = "spans"
+"""Subgroup of arrays with a row for each span (turn, think or answer part) in place of each rollout."""
 STATUS = ("pending", "ok", "dropped", "pad")
 """Meaning of the values of the `status` coordinate."""
+PARTS = ("unused", "whole", "think", "answer")
+"""Meaning of the values of the `part` coordinate of spans."""
 
 COORDINATES: Mapping[str, tuple[str, str]] = {
     "role": ("string", "Permanent id of the role"),
@@ -34,25 +38,82 @@ COORDINATES: Mapping[str, tuple[str, str]] = {
     "n_tokens": ("int32", "Response tokens that were averaged"),
     "status": ("uint8", "0 pending, 1 ok, 2 dropped, 3 pad"),
 }
+SPAN_COORDINATES: Mapping[str, tuple[str, str]] = {
+    "rollout": ("int32", "Row of the rollout that the span belongs to"),
+    "turn": ("int32", "Assistant turn of the rollout, 0-based"),
+    "part": ("uint8", "0 unused place, 1 whole turn, 2 think, 3 answer"),
+    "count": ("int32", "Tokens that were averaged"),
+}
 
 
-def create_group(root: Path, layout: Layout, arrays: Mapping[str, str], provenance: Mapping[str, Any]) -> None:
-    """Create the Zarr group with its empty arrays (name -> description). Idempotent while nothing is committed."""
-    group = zarr.create_group(LocalStore(root / ZARR_GROUP), overwrite=True, attributes=dict(provenance))
-    for name, description in arrays.items():
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArraySpec:
+    """One array of activations: what is read where in the model, and how it is reduced over tokens."""
+
+    name: str
+    """Site and reduction, such as `resid_post_mean`."""
+    description: str
+    layers: tuple[int, ...] | None = None
+    """Layers that are asked for; None for all. The layer axis has full length whatever this says."""
+    spans: bool = False
+    """A row for each span in place of each rollout; lies in the group `spans`."""
+
+    @property
+    def path(self) -> str:
+        """Path of the array in the Zarr group."""
+        return f"{SPANS}/{self.name}" if self.spans else self.name
+
+    @property
+    def record(self) -> str:
+        """Name of the array in records, which know no slashes."""
+        return self.path.replace("/", ".")
+
+    def wanted_groups(self, layout: Layout) -> range | list[int]:
+        """Layer groups that hold the layers asked for."""
+        if self.layers is None:
+            return range(layout.groups)
+        return sorted({layer // layout.layer_group for layer in self.layers})
+
+
+def group_objects(
+    layout: Layout, arrays: Sequence[ArraySpec], attributes: Mapping[str, Any], spans_per_rollout: int = 0
+) -> dict[str, bytes]:
+    """Key -> bytes of the group without any data: all ``zarr.json``, and the coordinate `layer`."""
+    objects: dict[str, Any] = {}
+    group = zarr.create_group(MemoryStore(objects), attributes=dict(attributes))
+    _create_arrays(group, layout, "rollout", [spec for spec in arrays if not spec.spans], COORDINATES)
+    if spans_per_rollout:
+        spans = group.create_group(SPANS)
+        ragged = [spec for spec in arrays if spec.spans]
+        _create_arrays(spans, layout.of_spans(spans_per_rollout), "span", ragged, SPAN_COORDINATES)
+    with warnings.catch_warnings():
+        # Zarr notes that v3 has no consolidated metadata yet; xarray warns at every open where it is missing.
+        warnings.simplefilter("ignore")
+        zarr.consolidate_metadata(group.store)
+    return {f"{ZARR_GROUP}/{key}": bytes(value.to_bytes()) for key, value in sorted(objects.items())}
+
+
+def _create_arrays(
+    group: zarr.Group,
+    layout: Layout,
+    row_dimension: str,
+    arrays: Sequence[ArraySpec],
+    coordinates: Mapping[str, tuple[str, str]],
+) -> None:
+    for spec in arrays:
         group.create_array(
-            name,
+            spec.name,
             shape=(layout.padded_rows, layout.layers, layout.hidden),
             **_activation_spec(layout),
-            dimension_names=("rollout", "layer", "hidden"),
-            attributes={"description": description, "coordinates": " ".join(COORDINATES)},
+            dimension_names=(row_dimension, "layer", "hidden"),
+            attributes={"description": spec.description, "coordinates": " ".join(coordinates)},
         )
-    for name, (dtype, description) in COORDINATES.items():
+    for name, (dtype, description) in coordinates.items():
         group.create_array(
             name,
             shape=(layout.padded_rows,),
             **_coordinate_spec(layout, dtype),
-            dimension_names=("rollout",),
+            dimension_names=(row_dimension,),
             attributes={"description": description},
         )
     layers = group.create_array(
@@ -63,10 +124,6 @@ def create_group(root: Path, layout: Layout, arrays: Mapping[str, str], provenan
         attributes={"description": "Residual stream after this block, 0-based, before any final norm"},
     )
     layers[:] = np.arange(layout.layers, dtype=np.int32)
-    with warnings.catch_warnings():
-        # Zarr notes that v3 has no consolidated metadata yet; xarray warns at every open where it is missing.
-        warnings.simplefilter("ignore")
-        zarr.consolidate_metadata(group.store)
 
 
 def encode_shard(values_RGD: NDArray[np.float32], layout: Layout, precision: Precision) -> bytes:
@@ -78,12 +135,19 @@ def encode_shard(values_RGD: NDArray[np.float32], layout: Layout, precision: Pre
 def decode_shard(data: bytes, layout: Layout, layers: int) -> NDArray[np.float32]:
     """Values ``(R, layers, hidden)`` of one shard's bytes. Raises IntegrityError if they don't decode."""
     shape = (layout.unit_rows, layers, layout.hidden)
-    return _decode(data, shape=shape, key="c/0/0/0", spec=_activation_spec(layout))
+    return np.asarray(_decode(data, shape=shape, key="c/0/0/0", spec=_activation_spec(layout)), dtype=np.float32)
 
 
-def encode_coordinate(values: NDArray[Any], layout: Layout, name: str) -> bytes:
+def encode_coordinate(values: NDArray[Any], layout: Layout, name: str, *, spans: bool = False) -> bytes:
     """Bytes of one unit's chunk of the coordinate ``name``. Shape ``(R,)``."""
-    return _encode(values, shape=(layout.unit_rows,), key="c/0", spec=_coordinate_spec(layout, COORDINATES[name][0]))
+    dtype = (SPAN_COORDINATES if spans else COORDINATES)[name][0]
+    return _encode(values, shape=(layout.unit_rows,), key="c/0", spec=_coordinate_spec(layout, dtype))
+
+
+def decode_coordinate(data: bytes, layout: Layout, name: str, *, spans: bool = False) -> NDArray[Any]:
+    """Values ``(R,)`` of one coordinate chunk. Raises IntegrityError if it doesn't decode."""
+    dtype = (SPAN_COORDINATES if spans else COORDINATES)[name][0]
+    return _decode(data, shape=(layout.unit_rows,), key="c/0", spec=_coordinate_spec(layout, dtype))
 
 
 def round_mantissa(values: NDArray[np.float32], precision: Precision) -> NDArray[np.float32]:
@@ -130,12 +194,12 @@ def _encode(values: NDArray[Any], *, shape: tuple[int, ...], key: str, spec: dic
     return bytes(objects[key].to_bytes())
 
 
-def _decode(data: bytes, *, shape: tuple[int, ...], key: str, spec: dict[str, Any]) -> NDArray[np.float32]:
+def _decode(data: bytes, *, shape: tuple[int, ...], key: str, spec: dict[str, Any]) -> NDArray[Any]:
     if not data:
-        raise IntegrityError(f"0 bytes do not decode as a shard of shape {shape}: the object is empty.")
+        raise IntegrityError(f"0 bytes do not decode as a chunk of shape {shape}: the object is empty.")
     objects: dict[str, Any] = {key: default_buffer_prototype().buffer.from_bytes(data)}
     array = zarr.create_array(MemoryStore(objects), shape=shape, **spec)
     try:
-        return np.asarray(array[...], dtype=np.float32)
+        return np.asarray(array[...])
     except Exception as error:  # Codecs raise errors of many kinds; all of them mean bytes that can't be trusted.
-        raise IntegrityError(f"{len(data)} bytes do not decode as a shard of shape {shape}: {error}") from error
+        raise IntegrityError(f"{len(data)} bytes do not decode as a chunk of shape {shape}: {error}") from error

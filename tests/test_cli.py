@@ -9,7 +9,7 @@ import xarray as xr
 
 from personaspace.cli import main
 from personaspace.store import open_run
-from personaspace.store.objects import LocalFolder
+from personaspace.store.local import LocalFolder
 from personaspace.store.rollouts import read_rollouts
 from tests.models import tiny_checkpoint
 

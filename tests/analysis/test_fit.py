@@ -15,14 +15,14 @@ from personaspace.store.errors import InputError
 from personaspace.store.layout import Layout, coordinate_key, rollouts_key, shard_key
 from personaspace.store.lease import acquire
 from personaspace.store.manifest import Manifest, write_session
-from personaspace.store.objects import LocalFolder
+from personaspace.store.local import LocalFolder
 from personaspace.store.rollouts import Rollout, encode_rollouts
 from personaspace.store.schema import RESID_POST_MEAN, create_group, encode_coordinate, encode_shard
 
 ROLES = ["default", "pirate", "ghost", "doctor", "lawyer"]
 KINDS = ["assistant", "dramatic", "fantastical", "professional", "professional"]
 QUESTIONS = 6
-LAYOUT = Layout(rows=30, layers=2, hidden=8, unit_rows=6, layer_group=1)
+LAYOUT = Layout(segments=(30,), layers=2, hidden=8, unit_rows=6, layer_group=1)
 
 
 def write_run(path: Path, units: int = 5) -> np.ndarray:

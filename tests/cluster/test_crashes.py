@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from personaspace.store.lease import read_holder
-from personaspace.store.objects import LocalFolder
+from personaspace.store.local import LocalFolder
 from tests.cluster.crashes import Laboratory, Trial, objects, processes_with
 
 pytestmark = pytest.mark.slow

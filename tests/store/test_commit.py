@@ -27,7 +27,7 @@ from personaspace.store.commit import (
 from personaspace.store.errors import IntegrityError, LeaseError
 from personaspace.store.layout import Layout
 from personaspace.store.lease import Fence, acquire
-from personaspace.store.objects import LocalFolder
+from personaspace.store.local import LocalFolder
 from personaspace.store.schema import encode_coordinate, encode_shard
 
 SLOT: Slot = ("resid_post_mean", 3, 1)
@@ -164,7 +164,7 @@ def test_fenced_out_writer_publishes_nothing(fence: Fence) -> None:
 
 
 def test_checksums_tell_two_contents_apart() -> None:
-    layout = Layout(rows=2, layers=3, hidden=4, unit_rows=2, layer_group=3)
+    layout = Layout(segments=(2,), layers=3, hidden=4, unit_rows=2, layer_group=3)
     values = np.random.default_rng(0).standard_normal((2, 2, 3, 4)).astype(np.float32)
     shards = [encode_shard(value, layout, "lossless") for value in values]
     assert describe(KEY, shards[0]) != describe(KEY, shards[1])

@@ -66,7 +66,7 @@ def test_stages_cut_all_layers_between_groups(layout: Layout, data: st.DataObjec
 
 @pytest.mark.parametrize("stages", [0, 7])
 def test_more_stages_than_groups_are_refused(stages: int) -> None:
-    layout = Layout(rows=24, layers=30, hidden=576, unit_rows=24, layer_group=5)
+    layout = Layout(segments=(24,), layers=30, hidden=576, unit_rows=24, layer_group=5)
     with pytest.raises(ValueError, match=rf"^stages must be 1 to 6 \(layer groups of 5\), not {stages}$"):
         layout.stage_boundaries(stages)
 

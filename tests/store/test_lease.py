@@ -18,7 +18,7 @@ import pytest
 
 from personaspace.store.errors import LeaseError
 from personaspace.store.lease import LEASE, Fence, Holder, acquire, read_holder
-from personaspace.store.objects import LocalFolder
+from personaspace.store.local import LocalFolder
 
 PROCESSES = multiprocessing.get_context("fork")
 

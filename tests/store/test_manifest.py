@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from personaspace.store.errors import IdentityError, IntegrityError
 from personaspace.store.layout import Layout
 from personaspace.store.manifest import MANIFEST, Manifest, check_identity, identity_diff, read_manifest, write_session
-from personaspace.store.objects import LocalFolder
+from personaspace.store.local import LocalFolder
 
 IDENTITY = {
     "model": {"name": "tiny", "revision": None, "files": {"model.safetensors": "ab12"}},
@@ -26,7 +26,7 @@ IDENTITY = {
 def manifest(**changes: Any) -> Manifest:
     fields: dict[str, Any] = {
         "identity": IDENTITY,
-        "layout": Layout(rows=10, layers=5, hidden=6, unit_rows=4, layer_group=3),
+        "layout": Layout(segments=(10,), layers=5, hidden=6, unit_rows=4, layer_group=3),
         "tables": {"roles": [{"id": "poet", "kind": "dramatic"}], "questions": [{"id": "q1", "text": "Why?"}]},
         "plan": {"rows": 10, "rows_per_role": [10], "unit_order": [0, 1, 2]},
         "execution": {"cluster": {"stages": 2}},

@@ -20,7 +20,7 @@ from personaspace.store.errors import InputError, IntegrityError
 from personaspace.store.layout import ZARR_GROUP, Layout, coordinate_key, shard_key
 from personaspace.store.lease import Fence, acquire
 from personaspace.store.manifest import Manifest, write_session
-from personaspace.store.objects import LocalFolder
+from personaspace.store.local import LocalFolder
 from personaspace.store.reader import NOT_COMMITTED, CommittedArray
 from personaspace.store.schema import (
     COORDINATES,
@@ -31,7 +31,7 @@ from personaspace.store.schema import (
     encode_shard,
 )
 
-LAYOUT = Layout(rows=10, layers=5, hidden=3, unit_rows=4, layer_group=3)
+LAYOUT = Layout(segments=(10,), layers=5, hidden=3, unit_rows=4, layer_group=3)
 ALL = [(unit, group) for unit in range(LAYOUT.units) for group in range(LAYOUT.groups)]
 VALUES = np.random.default_rng(0).standard_normal((12, 5, 3)).astype(np.float32)
 VALUES[10:] = np.nan  # Padding of the last unit.

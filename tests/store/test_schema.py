@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from personaspace.store.config import Precision
 from personaspace.store.errors import IntegrityError
 from personaspace.store.layout import ZARR_GROUP, Layout, coordinate_key, shard_key
-from personaspace.store.objects import LocalFolder
+from personaspace.store.local import LocalFolder
 from personaspace.store.schema import (
     COORDINATES,
     RESID_POST_MEAN,
@@ -30,7 +30,7 @@ from personaspace.store.schema import (
     round_mantissa,
 )
 
-LAYOUT = Layout(rows=10, layers=5, hidden=6, unit_rows=4, layer_group=3)
+LAYOUT = Layout(segments=(10,), layers=5, hidden=6, unit_rows=4, layer_group=3)
 PRECISIONS = get_args(Precision)
 BELOW_OVERFLOW = 3.38e38
 SMALLEST_NORMAL = 2.0**-126

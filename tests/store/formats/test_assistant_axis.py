@@ -1,13 +1,25 @@
 """assistant-axis files: what is read, and which line of which file is refused, and why."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from personaspace.extract.assistant_axis import read_questions, read_responses, read_roles
 from personaspace.store.errors import InputError
+from personaspace.store.formats.assistant_axis import (
+    Response,
+    iter_responses,
+    read_questions,
+    read_responses,
+    read_roles,
+    write_responses,
+)
+from personaspace.store.formats.assistant_axis_scores import write_scores
 
 USER = {"role": "user", "content": "Who are you?"}
 NEEDS = 'needs `instruction`, a list of {"pos": "system prompt"}'
@@ -103,4 +115,90 @@ def test_broken_response_names_file_and_line(tmp_path: Path, line: Any, message:
 def test_folder_without_responses(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         read_responses(tmp_path)
-    assert str(error.value) == f"generate.responses: {tmp_path} holds no ROLE.jsonl files."
+    assert str(error.value) == f"{tmp_path}: holds no ROLE.jsonl files."
+
+
+def test_responses_stream_role_by_role(tmp_path: Path) -> None:
+    (tmp_path / "ghost.jsonl").write_text(json.dumps(LINE | {"system_prompt": "Haunt."}) + "\n")
+    (tmp_path / "poet.jsonl").write_text("broken")
+    roles = iter_responses(tmp_path)
+    role, (response,) = next(roles)
+    assert (role, response.system_prompt) == ("ghost", "Haunt.")
+    with pytest.raises(InputError, match=r"poet\.jsonl:1: not a line"):
+        next(roles)
+
+
+@given(
+    st.lists(
+        st.builds(
+            Response,
+            role=st.just("ghost"),
+            prompt=st.integers(0, 999_999_999),
+            question=st.integers(0, 999_999_999),
+            question_text=st.text(),
+            label=st.sampled_from(["pos", "neg", "default"]),
+            system_prompt=st.text(),
+            conversation=st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), st.text())).map(
+                lambda turns: tuple(
+                    {"role": role, "content": content} for role, content in [*turns, ("assistant", "Boo.")]
+                )
+            ),
+        ),
+        unique_by=lambda response: (response.label, response.prompt, response.question),
+    )
+)
+def test_responses_round_trip(responses: list[Response]) -> None:
+    with TemporaryDirectory() as folder:
+        write_responses(Path(folder), "ghost", responses)
+        found = read_responses(Path(folder))
+    turns = [tuple(t for t in r.conversation if t["role"] != "system" or t["content"]) for r in responses]
+    assert [replace(response, where="") for response in found] == [
+        replace(response, conversation=conversation) for response, conversation in zip(responses, turns, strict=True)
+    ]
+
+
+def test_written_lines_have_the_keys_of_the_project(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "ghost.jsonl").write_text(json.dumps(LINE) + "\n")
+    file = write_responses(tmp_path / "out", "ghost", read_responses(tmp_path / "in"))
+    assert file == tmp_path / "out" / "ghost.jsonl"
+    assert file.read_bytes() == (tmp_path / "in" / "ghost.jsonl").read_bytes()
+
+
+def response(**changes: Any) -> Response:
+    fields: dict[str, Any] = {"role": "ghost", "prompt": 2, "question": 17, "question_text": "Who?", "label": "pos"}
+    return Response(**(fields | {"conversation": (USER, ANSWER)} | changes))
+
+
+@pytest.mark.parametrize(
+    ("responses", "message"),
+    [
+        ([response(), response()], "response 2: pos_p2_q17 is there already; the format has one sample of each"),
+        ([response(role="poet")], "response 1: is of role 'poet'; one file holds one role."),
+        ([response(conversation=(USER,))], "response 1: the conversation does not end with an assistant turn."),
+        ([response(label="maybe")], "key 'maybe_p2_q17' is not of the form LABEL_pPROMPT_qQUESTION"),
+        ([response(prompt=-1)], "key 'pos_p-1_q17' is not of the form"),
+    ],
+)
+def test_refused_responses_leave_no_file(tmp_path: Path, responses: list[Response], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        write_responses(tmp_path, "ghost", responses)
+    assert message in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("role", ["../ghost", "/etc/ghost", "", ".", "..", "a/b", ".ghost", "ghost\x00", "a\\b"])
+def test_no_role_leaves_the_folder(tmp_path: Path, role: str) -> None:
+    with pytest.raises(InputError, match="can't be a file name"):
+        write_responses(tmp_path / "out", role, [response(role=role)])
+    with pytest.raises(InputError, match="can't be a file name"):
+        write_scores(tmp_path / "out", role, {"pos_p0_q0": 3})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_responses_are_overwritten_only_on_demand(tmp_path: Path) -> None:
+    write_responses(tmp_path, "ghost", [response()])
+    with pytest.raises(InputError, match=r"ghost\.jsonl: exists already"):
+        write_responses(tmp_path, "ghost", [])
+    write_responses(tmp_path, "ghost", [], overwrite=True)
+    assert read_responses(tmp_path) == []

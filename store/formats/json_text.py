@@ -1,0 +1,24 @@
+"""JSON from files that others wrote: every way to be broken is one kind of error."""
+
+import json
+from collections import Counter
+from typing import Any
+
+from personaspace.store.errors import InputError
+
+
+def parse_json(raw: bytes, refusal: str) -> Any:
+    """The value of UTF-8 JSON. Raises InputError that begins with ``refusal``, also for a key that is given twice."""
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_without_doubles)
+    except ValueError as error:
+        raise InputError(f"{refusal}: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{refusal}: nested too deeply") from error
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} is given twice")
+    return found

@@ -1,0 +1,39 @@
+"""From what a user writes to the folder it means: a path or a URL."""
+
+import re
+from pathlib import Path
+
+from personaspace.store.errors import InputError
+from personaspace.store.local import LocalFolder
+from personaspace.store.objects import Folder
+from personaspace.store.remote import RemoteFolder, check_url
+
+_RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def open_folder(location: str | Path) -> Folder:
+    """The folder at a local path, a ``file://`` URL, or a URL of an object store. It need not exist.
+
+    Raises InputError for a URL that is unknown or carries credentials.
+    """
+    text = str(location).removeprefix("file://")
+    if "://" in text:
+        return RemoteFolder(check_url(text))
+    return LocalFolder(Path(text).expanduser().absolute())
+
+
+def is_local(location: str) -> bool:
+    """Whether the location is a path on this machine, or on one that it mounts."""
+    return "://" not in location.removeprefix("file://")
+
+
+def run_folder(root: str, run: str) -> Folder:
+    """Folder of the run ``run`` in the store ``root``. Raises InputError for a name that is none."""
+    return open_folder(root).child(check_run_name(run))
+
+
+def check_run_name(run: str) -> str:
+    """The name. Raises InputError for one that could leave the store."""
+    if not _RUN.fullmatch(run):
+        raise InputError(f"store.run: {run!r} is no run name; use letters, digits, '.', '_' and '-'.")
+    return run

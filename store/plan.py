@@ -1,0 +1,72 @@
+"""The planned rollouts of a run: one Parquet file for each segment, kept twice since nothing else holds it.
+
+It says which rollout belongs to which row before any is generated, so that a run can be resumed and grown by a
+config whose roles and questions come in another order.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from personaspace.store.commit import StoredObject, read_object
+from personaspace.store.errors import IntegrityError
+from personaspace.store.manifest import Manifest
+from personaspace.store.objects import Folder
+
+SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("rollout_id", pa.string(), nullable=False),
+        pa.field("role_id", pa.int32(), nullable=False),
+        pa.field("prompt", pa.int32(), nullable=False),
+        pa.field("question", pa.int32(), nullable=False),
+        pa.field("sample", pa.int32(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedRow:
+    """One row of the rollout axis: which rollout it is."""
+
+    row: int
+    rollout_id: str
+    role_id: int
+    prompt: int
+    question: int
+    sample: int
+
+
+def plan_key(segment: int) -> str:
+    return f"plan/{segment:06d}.parquet"
+
+
+def copy_key(key: str) -> str:
+    """Key of the second copy of an object that can't be computed again."""
+    stem, _, suffix = key.rpartition(".")
+    return f"{stem}.copy.{suffix}"
+
+
+def encode_plan(rows: Sequence[PlannedRow]) -> bytes:
+    """One segment's rows as Parquet."""
+    sink = io.BytesIO()
+    table = pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMA)
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    return sink.getvalue()
+
+
+def read_plan(folder: Folder, manifest: Manifest) -> list[PlannedRow]:
+    """All planned rows, in order. Raises IntegrityError if a segment's file is damaged."""
+    return [PlannedRow(**entry) for stored in manifest.plan for entry in _segment(folder, stored)]
+
+
+def _segment(folder: Folder, stored: StoredObject) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(read_object(folder, stored)), schema=SCHEMA).to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise IntegrityError(f"{folder.url}/{stored.key}: does not decode as Parquet: {error}") from error
+    return rows

@@ -1,0 +1,97 @@
+"""Scores that a judge gave to rollouts: Parquet parts per judge version, joined when a run is opened.
+
+A score says how far a response plays its role: 0 (refused) to 3 (fully). It can't be computed again from the
+store, so every part is kept twice.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from personaspace.store.commit import Slot, commit, committed_slots, read_object, read_records
+from personaspace.store.errors import InputError, IntegrityError
+from personaspace.store.layout import Layout
+from personaspace.store.lease import Fence
+from personaspace.store.location import check_run_name
+from personaspace.store.objects import Folder
+from personaspace.store.plan import copy_key
+
+SCORES = "scores"
+SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("score", pa.float32(), nullable=False),
+        pa.field("reason", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """What a judge said of one rollout."""
+
+    row: int
+    score: float
+    """0 to 3."""
+    reason: str | None = None
+    """The judge's own words, where they are kept."""
+
+
+def commit_scores(
+    fence: Fence, layout: Layout, judge: str, unit: int, scores: Sequence[Score], *, generation: int = 0
+) -> None:
+    """Publish and record the scores of one unit, given by one version of a judge."""
+    sink = io.BytesIO()
+    table = pa.Table.from_pylist([asdict(score) for score in scores], schema=SCHEMA)
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    key = scores_key(judge, unit)
+    commit(
+        fence,
+        scores_slot(judge, unit),
+        {key: sink.getvalue(), copy_key(key): sink.getvalue()},
+        rows=layout.unit_row_range(unit),
+        dropped={},
+        generation=generation,
+    )
+
+
+def scores_slot(judge: str, unit: int) -> Slot:
+    """Slot of one unit's scores. Raises InputError for a judge's name that could leave the folder."""
+    return (f"{SCORES}.{check_run_name(judge)}", unit, 0)
+
+
+def scores_key(judge: str, unit: int) -> str:
+    return f"{SCORES}/{check_run_name(judge)}/{unit:06d}.parquet"
+
+
+def judges(committed: Mapping[Slot, int]) -> list[str]:
+    """Names of the judge versions that have scored something."""
+    return sorted({array.removeprefix(f"{SCORES}.") for array, _, _ in committed if array.startswith(f"{SCORES}.")})
+
+
+def read_scores(folder: Folder, layout: Layout, judge: str | None = None) -> NDArray[np.float32] | None:
+    """Score of each row of the rollout axis, NaN where there is none; None if nothing was scored.
+
+    ``judge`` may be left out where there is one. Raises InputError for an unknown or ambiguous judge.
+    """
+    known = judges(committed_slots(folder))
+    if judge is None and len(known) != 1:
+        return None
+    name = known[0] if judge is None else judge
+    if name not in known:
+        raise InputError(f"{folder.url}: no scores of {name!r}. Judges with scores: {', '.join(known) or 'none'}.")
+    scores = np.full(layout.padded_rows, np.nan, dtype=np.float32)
+    for record in read_records(folder, f"{SCORES}.{name}").values():
+        try:
+            table = pq.read_table(io.BytesIO(read_object(folder, record.objects[0])), schema=SCHEMA)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise IntegrityError(
+                f"{folder.url}/{record.objects[0].key}: does not decode as Parquet: {error}"
+            ) from error
+        scores[table["row"].to_numpy()] = table["score"].to_numpy()
+    return scores

@@ -1,0 +1,62 @@
+"""The fit of a run: xarray Datasets in ``space/``, each written whole before ``space/latest.json`` names it.
+
+Derived data: it can be made again from the store at any time.
+"""
+
+import uuid
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import xarray as xr
+
+from personaspace.store.commit import StoredObject, describe
+from personaspace.store.errors import InputError
+from personaspace.store.objects import Folder
+from personaspace.store.sealed import seal, unseal
+
+SPACE = "space"
+LATEST = f"{SPACE}/latest.json"
+
+
+def save_space(folder: Folder, space: xr.Dataset) -> None:
+    """Store the Dataset under a name of its own, then point to it: readers never see half."""
+    before = _read_latest(folder)
+    number = 1 if before is None else int(before["name"].split("-")[0]) + 1
+    # The random part keeps two fits apart that run at the same time.
+    name = f"{number:04d}-{uuid.uuid4().hex[:8]}.zarr"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata")
+        space.to_zarr(folder.zarr_store(f"{SPACE}/{name}", read_only=False), mode="w-", zarr_format=3)
+    folder.sync(f"{SPACE}/{name}")
+    objects = [describe(entry.key, folder.get(entry.key)) for entry in folder.list(f"{SPACE}/{name}")]
+    folder.replace(LATEST, seal({"name": name, "objects": [asdict(stored) for stored in objects]}))
+    if before is not None:
+        for entry in list(folder.list(f"{SPACE}/{before['name']}")):
+            folder.delete(entry.key)
+
+
+def open_space(folder: Folder) -> xr.Dataset:
+    """The latest fit of the run, lazy. Raises InputError if there is none."""
+    latest = _read_latest(folder)
+    if latest is None:
+        raise InputError(f"{folder.url}: no persona space yet; run `fit` first.")
+    space = xr.open_zarr(folder.zarr_store(f"{SPACE}/{latest['name']}"))
+    # Much of NumPy does not take the variable-length strings that Zarr reads.
+    texts = {name: space[name].astype(object).astype(str) for name in space.coords if space[name].dtype.kind == "T"}
+    opened: xr.Dataset = space.assign_coords(texts)
+    return opened
+
+
+def space_objects(folder: Folder) -> list[StoredObject] | None:
+    """The objects of the latest fit, or None if there is none. Raises IntegrityError if the pointer is damaged."""
+    latest = _read_latest(folder)
+    return None if latest is None else [StoredObject(**stored) for stored in latest["objects"]]
+
+
+def _read_latest(folder: Folder) -> Mapping[str, Any] | None:
+    try:
+        return unseal(folder.get(LATEST), f"{folder.url}/{LATEST}")
+    except FileNotFoundError:
+        return None
