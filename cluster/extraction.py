@@ -20,7 +20,7 @@ from personaspace.cluster.stages import StageActor, StageSpec, UnitShards, inspe
 from personaspace.cluster.waiting import next_finished, result
 from personaspace.extract.packing import MicroBatch
 from personaspace.extract.rollouts import micro_batches
-from personaspace.store.commit import COORDINATES_RECORD, ROLLOUTS, adopt, read_records
+from personaspace.store.commit import COORDINATES_RECORD, ROLLOUTS, adopt, read_records, read_slots
 from personaspace.store.errors import InputError
 from personaspace.store.layout import ZARR_GROUP, shard_key
 from personaspace.store.lease import Fence
@@ -69,11 +69,10 @@ def extract(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> N
         )
     _adopt_orphans(job, fence)
     done = job.committed()
-    covered = {
-        unit: len(record.covers) for (_, unit, _), record in read_records(job.folder, COORDINATES_RECORD).items()
-    }
+    coordinates = read_slots(job.folder, {slot: n for slot, n in done.items() if slot[0] == COORDINATES_RECORD})
     for unit in range(job.layout.units):
-        whole = (COORDINATES_RECORD, unit, 0) in done and covered[unit] >= len(job.array.wanted_groups(job.layout))
+        record = coordinates.get((COORDINATES_RECORD, unit, 0))
+        whole = record is not None and len(record.covers) >= len(job.array.wanted_groups(job.layout))
         if not missing_groups(job, done, unit) and not whole:
             commit_coordinates(job, fence, unit, load_window(job, (unit,)).tokens)
     unfinished = [window for window in job.windows if any(missing_groups(job, done, unit) for unit in window)]

@@ -10,7 +10,7 @@ from typing import Any
 from personaspace.extract.chat import ChatFormat
 from personaspace.extract.checkpoint import Checkpoint, resolve
 from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig
-from personaspace.extract.growth import StoredPlan, continue_plan
+from personaspace.extract.growth import Change, StoredPlan, continue_plan
 from personaspace.extract.packing import windows
 from personaspace.extract.personas import (
     DEFAULT_ROLE,
@@ -24,10 +24,9 @@ from personaspace.extract.personas import (
 from personaspace.store.commit import Slot, committed_slots
 from personaspace.store.config import StoreConfig
 from personaspace.store.errors import IdentityError, InputError
-from personaspace.store.freeze import refuse_frozen
 from personaspace.store.layout import Layout, choose_layer_group, choose_unit_rows, interleave
 from personaspace.store.location import run_folder
-from personaspace.store.manifest import Manifest, check_identity, read_manifest
+from personaspace.store.manifest import Manifest, check_identity, read_manifest, refuse_frozen
 from personaspace.store.objects import Folder
 from personaspace.store.plan import PlannedRow, read_plan
 from personaspace.store.schema import RESID_POST_MEAN, ArraySpec
@@ -105,15 +104,17 @@ def prepare(
     extract: ExtractConfig,
     store: StoreConfig,
     execution: Mapping[str, Any],
+    keep: bool = False,
 ) -> Job:
     """Resolve the model, plan the rollouts, lay out the store. Writes nothing.
 
-    Raises InputError for anything unusable, and IdentityError if the run exists with other settings or, unless it
-    may grow, with other rollouts.
+    ``keep`` holds to the rollouts and arrays that the run has, whatever the config plans. Raises InputError for
+    anything unusable, and IdentityError if the run exists with other settings or, unless it may grow, with other
+    rollouts.
     """
     folder = run_folder(store.root, store.run)
-    refuse_frozen(folder)
     existing = read_manifest(folder)
+    refuse_frozen(folder, existing)
     checkpoint = resolve(model)
     chat = ChatFormat(checkpoint, model)
     plan = _plan(personas, generate, checkpoint)
@@ -145,14 +146,15 @@ def prepare(
     if existing is not None:
         check_identity(folder, existing, identity)
         stored = _stored_plan(folder, existing)
-        plan = continue_plan(stored, plan, existing.layout, grow=store.grow, where=folder.url)
+        change: Change = "keep" if keep else "grow" if store.grow else "refuse"
+        plan = continue_plan(stored, plan, existing.layout, change=change, where=folder.url)
         added = len(plan.rows) - len(stored.rows)
         layout = existing.layout.grow(added) if added else existing.layout
     rows = {row.row: row for row in plan.rows}
     manifest = Manifest(
         identity=identity,
         layout=layout,
-        arrays=_arrays(existing, extract, layout, store.grow, folder.url),
+        arrays=existing.arrays if existing and keep else _arrays(existing, extract, layout, store.grow, folder.url),
         tables={"roles": [asdict(role) for role in plan.roles], "questions": [asdict(q) for q in plan.questions]},
         plan=() if existing is None else existing.plan,
         unit_order=_unit_order(layout, rows),

@@ -6,6 +6,7 @@ the run was planned. What is stored keeps its row and its indices; what is new b
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 from personaspace.extract.personas import PersonaPlan, PlannedRollout, Question, Role
 from personaspace.store.errors import IdentityError, InputError
@@ -22,27 +23,36 @@ class StoredPlan:
     rows: tuple[PlannedRow, ...]
 
 
-def continue_plan(stored: StoredPlan, planned: PersonaPlan, layout: Layout, *, grow: bool, where: str) -> PersonaPlan:
-    """The run's plan, its rows as stored, followed by the new rows of ``planned`` if ``grow``.
+Change = Literal["refuse", "grow", "keep"]
+"""What to do where a config plans other rollouts than a run has: refuse, add the new ones, or keep to the run's."""
 
-    Stored rollouts that ``planned`` lacks stay. Raises IdentityError where the two differ and ``grow`` is false, and
+
+def continue_plan(
+    stored: StoredPlan, planned: PersonaPlan, layout: Layout, *, change: Change, where: str
+) -> PersonaPlan:
+    """The run's plan, its rows as stored, followed by the new rows of ``planned`` if the run may grow.
+
+    Stored rollouts that ``planned`` lacks stay. Raises IdentityError where the two differ and that is refused, and
     InputError for an id that stands for something else now.
     """
     new_by_id = {row.rollout_id: row for row in planned.rows}
     stored_ids = {row.rollout_id for row in stored.rows}
     added = [row for row in planned.rows if row.rollout_id not in stored_ids]
     absent = len(stored_ids - new_by_id.keys())
-    if (added or absent) and not grow:
+    if (added or absent) and change == "refuse":
         raise IdentityError(
             f"{where}: this run has {len(stored.rows)} rollouts; the config plans {len(added)} that it does not have, "
             f"and lacks {absent} of its own. Add --store.grow to add the new ones (what is stored stays as it is), "
             "use the config that planned the run, or use another --store.run. Nothing was changed."
         )
+    if change == "keep":
+        kept = tuple(_kept(row, new_by_id.get(row.rollout_id)) for row in stored.rows)
+        return PersonaPlan(roles=stored.roles, questions=stored.questions, rows=kept)
     roles, prompt_of = _merge_roles(stored.roles, planned.roles)
     questions = _merge_questions(stored.questions, planned.questions)
     role_number = {role.id: number for number, role in enumerate(roles)}
     question_number = {question.id: number for number, question in enumerate(questions)}
-    kept = [_kept(row, new_by_id.get(row.rollout_id)) for row in stored.rows]
+    stored_rows = [_kept(row, new_by_id.get(row.rollout_id)) for row in stored.rows]
     grown = [
         replace(
             row,
@@ -53,7 +63,7 @@ def continue_plan(stored: StoredPlan, planned: PersonaPlan, layout: Layout, *, g
         )
         for offset, row in enumerate(added)
     ]
-    return PersonaPlan(roles=roles, questions=questions, rows=(*kept, *grown))
+    return PersonaPlan(roles=roles, questions=questions, rows=(*stored_rows, *grown))
 
 
 def _kept(row: PlannedRow, planned: PlannedRollout | None) -> PlannedRollout:

@@ -1,15 +1,13 @@
-"""The command line: `personaspace run CONFIG`, each step alone, and `status`."""
+"""The command line: `personaspace run CONFIG`, each step alone, `status`, and `store`."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 
-from personaspace.config import RunConfig, load_config, print_flags
+from personaspace.config import load_config, print_flags
 from personaspace.store.errors import InputError, PersonaspaceError
+from personaspace.store_cli import add_commands, run_store
 
 STEPS = {
     "run": "all steps: generate, extract, fit, report",
@@ -24,17 +22,20 @@ examples:
   personaspace run configs/demo.yaml --store.run second --generate.seed 1
   personaspace extract configs/demo.yaml --cluster.stages 3
   personaspace status runs/demo
+  personaspace store ls runs
   ray job submit --address http://HEAD:8265 --working-dir . -- python -m personaspace run configs/demo.yaml
 
 Every setting is a flag: `personaspace run --help` lists them. Flags beat the file, the file beats the defaults.
 A command that was interrupted is repeated to resume. Exit codes: 0 done, 1 failed, 2 bad input, 3 run in use,
-4 damaged data, 5 a worker failed, 130 interrupted."""
+4 damaged data, 5 a worker failed, 6 storage failed, 130 interrupted."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Errors for the user are one message, without a traceback."""
     parsed, flags = _parser().parse_known_args(arguments)
     try:
+        if parsed.command == "store":
+            return run_store(parsed, flags)
         if parsed.command == "status":
             if flags:
                 raise InputError(f"status: unknown argument {flags[0]}.")
@@ -44,7 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.target is None:
             raise InputError(f"{parsed.command}: give a config file, such as configs/demo.yaml.")
         config = load_config(Path(parsed.target), flags, prog=f"personaspace {parsed.command} CONFIG")
-        _run(config, list(STEPS)[1:] if parsed.command == "run" else [parsed.command])
+        # Heavy libraries load here, so that --help and bad config files answer at once.
+        from personaspace.run import carry_out
+
+        carry_out(config, list(STEPS)[1:] if parsed.command == "run" else [parsed.command])
     except PersonaspaceError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -69,55 +73,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("-h", "--help", action="store_true")
     status = commands.add_parser("status", help="how far a run is, and who writes it")
     status.add_argument("target", metavar="RUN", help="folder of a run, such as runs/demo, or its config file")
+    add_commands(commands)
     return parser
-
-
-def _run(config: RunConfig, steps: Sequence[str]) -> None:
-    # Heavy libraries load here, so that --help and bad config files answer at once.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging as transformers_logging
-
-    from personaspace.analysis.fit import fit, target_layer
-    from personaspace.analysis.publish import publish_report
-    from personaspace.cluster.extraction import check_stages, extract
-    from personaspace.cluster.generation import generate
-    from personaspace.cluster.job import prepare
-    from personaspace.cluster.progress import ProgressDisplay
-    from personaspace.cluster.session import check_shared_paths, hold_run, orderly_end, ray_cluster
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    with orderly_end():
-        check_shared_paths(config.cluster, {"store.root": config.store.root})
-        job = prepare(
-            model=config.model,
-            personas=config.personas,
-            generate=config.generate,
-            extract=config.extract,
-            store=config.store,
-            execution={"config": asdict(config)},
-        )
-        check_stages(job, config.cluster)
-        target_layer(config.analysis, range(job.layout.layers))
-        print(f"run {job.folder.url}  (identity {job.manifest.identity_hash}, {job.layout.rows} rollouts)", flush=True)
-        if {"generate", "extract"} & set(steps):
-            with ExitStack() as stack:
-                display = stack.enter_context(ProgressDisplay())
-                fence = stack.enter_context(hold_run(job, say=print))
-                stack.enter_context(ray_cluster(config.cluster))
-                if "generate" in steps or config.generate.responses is not None:
-                    generate(job, fence, config.cluster, display.report)
-                if "extract" in steps:
-                    extract(job, fence, config.cluster, display.report)
-        if "fit" in steps:
-            space = fit(job.folder, config.analysis)
-            layer = space.sel(layer=space.attrs["target_layer"])
-            print(
-                f"fit: {space.sizes['role']} roles, |cos(axis, PC1)| {float(layer['cos_axis_pc1']):.2f} at layer "
-                f"{int(layer['layer'])}"
-            )
-        if "report" in steps:
-            print(f"report: {publish_report(job.folder)}")
 
 
 def _status(target: str) -> int:

@@ -5,7 +5,7 @@ out of range is refused with the key, the value and what is allowed.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,19 @@ def load_config(file: Path, flags: Sequence[str] = (), *, prog: str = "personasp
         raise InputError(f"config {file}: not valid YAML: {error}") from error
     if not isinstance(document, dict):
         raise InputError(f"config {file}: holds {type(document).__name__}; expected sections such as `model:`.")
-    config = _check(document, str(file))
-    if flags:
-        config = tyro.cli(RunConfig, prog=prog, default=config, args=list(flags))
-        config = _check(asdict(config), "the command line")
-    return config
+    return _with_flags(_check(document, str(file)), flags, prog)
+
+
+def stored_config(execution: Mapping[str, Any], where: str, flags: Sequence[str], *, prog: str) -> RunConfig:
+    """The config with which a run was last carried out, with ``flags`` applied.
+
+    Raises InputError for a run that was imported and has none.
+    """
+    if "config" not in execution:
+        raise InputError(
+            f"{where}: was imported, so nothing of it can be computed here. Import it again from its source."
+        )
+    return _with_flags(_check(execution["config"], where), flags, prog)
 
 
 def print_flags(prog: str) -> None:
@@ -59,6 +67,13 @@ def print_flags(prog: str) -> None:
     tyro.cli(
         RunConfig, prog=prog, default=RunConfig(model=ModelConfig(id="HUGGING_FACE_ID_OR_FOLDER")), args=["--help"]
     )
+
+
+def _with_flags(config: RunConfig, flags: Sequence[str], prog: str) -> RunConfig:
+    if not flags:
+        return config
+    changed = tyro.cli(RunConfig, prog=prog, default=config, args=list(flags))
+    return _check(asdict(changed), "the command line")
 
 
 def _check(document: dict[str, Any], where: str) -> RunConfig:

@@ -9,7 +9,6 @@ import numpy as np
 
 from personaspace.store.commit import ROLLOUTS, parse_record_key
 from personaspace.store.errors import IntegrityError, LeaseError
-from personaspace.store.freeze import FROZEN, read_freeze
 from personaspace.store.index import read_index
 from personaspace.store.lease import Holder, read_holder
 from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, Manifest, require_manifest
@@ -93,14 +92,13 @@ def summarize(folder: Folder) -> RunSummary:
     status = read_index(folder, manifest, committed)["status"]
     ok, dropped = (int(np.sum(status == STATUS.index(name))) for name in ("ok", "dropped"))
     holder = read_holder(folder)
-    freeze = read_freeze(folder) if FROZEN in entries else None
     whole = wanted <= committed.keys() and ok + dropped == layout.rows
     writing = holder is not None and not holder.has_ended()
     state: State = "complete" if whole else "writing" if writing else "partial" if committed else "planned"
     return RunSummary(
         name=folder.name,
         url=folder.url,
-        state="frozen" if freeze else state,
+        state="frozen" if manifest.frozen else state,
         manifest=manifest,
         generated=sum(len(layout.unit_row_range(unit)) for array, unit, _ in committed if array == ROLLOUTS),
         extracted=ok + dropped,
@@ -117,7 +115,7 @@ def summarize(folder: Folder) -> RunSummary:
         bytes=sum(entries.values()),
         objects=len(entries),
         judges=tuple(judges(committed)),
-        content_hash=freeze.content_hash if freeze else None,
+        content_hash=str(manifest.frozen["content_hash"]) if manifest.frozen else None,
         fitted=LATEST in entries,
         reported=REPORT in entries,
         holder=holder,

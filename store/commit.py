@@ -137,9 +137,14 @@ def read_records(folder: Folder, array: str, units: Iterable[int] | None = None)
     """
     listings = [committed_slots(folder)] if units is None else [committed_slots(folder, unit) for unit in units]
     wanted = {slot: number for listing in listings for slot, number in listing.items() if slot[0] == array}
+    return read_slots(folder, wanted)
+
+
+def read_slots(folder: Folder, slots: Mapping[Slot, int]) -> dict[Slot, Record]:
+    """Slot -> its record of the given generation. Raises IntegrityError for a damaged record."""
     with ThreadPoolExecutor(READ_THREADS) as threads:
-        records = threads.map(lambda item: read_record(folder, *item), wanted.items())
-        return dict(zip(wanted, records, strict=True))
+        records = threads.map(lambda item: read_record(folder, *item), slots.items())
+        return dict(zip(slots, records, strict=True))
 
 
 def commit(

@@ -4,6 +4,8 @@ It is derived data. It names the state of the run that it was made from, and is 
 """
 
 import io
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +31,7 @@ def write_index(fence: Fence, manifest: Manifest) -> None:
     """Write the index of what is committed now, unless it is up to date."""
     committed = committed_slots(fence.folder)
     state = _state(committed)
-    if _read_head(fence.folder, state) is not None:
+    if is_current(fence.folder, committed):
         return
     columns = _from_chunks(fence.folder, manifest, committed)
     sink = io.BytesIO()
@@ -40,7 +42,7 @@ def write_index(fence: Fence, manifest: Manifest) -> None:
     fence.folder.replace(INDEX, seal({"state": state, "bytes": stored.bytes, "table_sha256": stored.sha256}))
 
 
-def read_index(folder: Folder, manifest: Manifest, committed: dict[Slot, int]) -> dict[str, NDArray[np.integer]]:
+def read_index(folder: Folder, manifest: Manifest, committed: Mapping[Slot, int]) -> dict[str, NDArray[np.integer]]:
     """`n_tokens` and `status` of every row: from the index if it is of this state, else from the chunks."""
     stored = _read_head(folder, _state(committed))
     if stored is not None:
@@ -52,16 +54,20 @@ def read_index(folder: Folder, manifest: Manifest, committed: dict[Slot, int]) -
     return _from_chunks(folder, manifest, committed)
 
 
-def is_current(folder: Folder) -> bool:
-    """Whether there is an intact index of what is committed now."""
-    stored = _read_head(folder, _state(committed_slots(folder)))
+def is_current(folder: Folder, committed: Mapping[Slot, int]) -> bool:
+    """Whether there is an intact index of what is committed."""
+    return _read_head(folder, _state(committed)) is not None and is_whole(folder)
+
+
+def is_whole(folder: Folder) -> bool:
+    """Whether the index is intact, of whatever state of the run it is."""
     try:
-        return stored is not None and bool(read_object(folder, stored))
-    except IntegrityError:
+        return bool(read_object(folder, _stored(unseal(folder.get(INDEX), INDEX))))
+    except (FileNotFoundError, IntegrityError):
         return False
 
 
-def _state(committed: dict[Slot, int]) -> str:
+def _state(committed: Mapping[Slot, int]) -> str:
     return digest({slot: number for slot, number in committed.items() if slot[0] == COORDINATES_RECORD})
 
 
@@ -72,10 +78,14 @@ def _read_head(folder: Folder, state: str) -> StoredObject | None:
         return None
     if head["state"] != state:
         return None
+    return _stored(head)
+
+
+def _stored(head: Mapping[str, Any]) -> StoredObject:
     return StoredObject(key=TABLE, bytes=head["bytes"], sha256=head["table_sha256"])
 
 
-def _from_chunks(folder: Folder, manifest: Manifest, committed: dict[Slot, int]) -> dict[str, NDArray[np.integer]]:
+def _from_chunks(folder: Folder, manifest: Manifest, committed: Mapping[Slot, int]) -> dict[str, NDArray[np.integer]]:
     store = CommittedStore(folder, committed)
     rows = manifest.layout.padded_rows
     return {

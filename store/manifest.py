@@ -46,6 +46,8 @@ class Manifest:
     """How the latest session runs: its whole config. May differ between resumes."""
     sessions: tuple[Mapping[str, Any], ...] = ()
     """One entry a driver: epoch, user, host, start, package versions, git commit."""
+    frozen: Mapping[str, Any] | None = None
+    """`content_hash`, `at` (ISO 8601, UTC) and `by`, once nothing may be added or changed any more."""
 
     @property
     def identity_hash(self) -> str:
@@ -112,13 +114,27 @@ def require_manifest(folder: Folder) -> Manifest:
     return manifest
 
 
+def refuse_frozen(folder: Folder, manifest: Manifest | None) -> None:
+    """Raise InputError if the run is frozen."""
+    if manifest is not None and manifest.frozen is not None:
+        raise InputError(
+            f"{folder.url}: the run is frozen as {manifest.frozen['content_hash']}; nothing can be added or changed. "
+            "Work on a copy: `personaspace store cp RUN NEW_RUN`, which is not frozen."
+        )
+
+
 def write_manifest(fence: Fence, before: Manifest | None, after: Manifest) -> None:
     """Replace ``run.json`` and then its copy. Raises LeaseError if it is no longer ``before``."""
     fence.check()
     data = after.encode()
-    expected = None if before is None else before.encode()
-    if not fence.folder.compare_and_swap(MANIFEST, expected, data):
-        raise LeaseError(f"{fence.folder.url}/{MANIFEST}: was changed by another driver; start again.")
+    where = f"{fence.folder.url}/{MANIFEST}"
+    try:
+        stored: bytes | None = fence.folder.get(MANIFEST)
+    except FileNotFoundError:
+        stored = None
+    unchanged = before == (None if stored is None else Manifest.decode(stored, where))
+    if not unchanged or not fence.folder.compare_and_swap(MANIFEST, stored, data):
+        raise LeaseError(f"{where}: was changed by another driver; start again.")
     fence.folder.replace(MANIFEST_COPY, data)
 
 

@@ -11,7 +11,6 @@ import xarray as xr
 from personaspace.store.commit import COORDINATES_RECORD, Slot, committed_slots
 from personaspace.store.committed import CommittedStore
 from personaspace.store.errors import InputError
-from personaspace.store.freeze import read_freeze
 from personaspace.store.index import read_index
 from personaspace.store.location import open_folder
 from personaspace.store.manifest import Manifest, require_manifest
@@ -146,7 +145,6 @@ def _attributes(folder: Folder, manifest: Manifest, committed: dict[Slot, int], 
     layout = manifest.layout
     counts = Counter(STATUS[code] for code in status.tolist())
     pending = layout.rows - counts["ok"] - counts["dropped"]
-    frozen = read_freeze(folder)
     attributes = {
         "run": folder.url,
         "model": manifest.identity["model"]["name"],
@@ -154,7 +152,7 @@ def _attributes(folder: Folder, manifest: Manifest, committed: dict[Slot, int], 
         "rollouts": f"{layout.rows} planned: {counts['ok']} ok, {counts['dropped']} dropped, {pending} pending",
         "precision": f"{manifest.identity['store']['precision']} mantissa bits",
         "scores": ", ".join(judges(committed)) or "none",
-        "frozen": frozen.content_hash if frozen else "no",
+        "frozen": manifest.frozen["content_hash"] if manifest.frozen else "no",
     }
     for spec in manifest.arrays:
         attributes[spec.name] = f"{_complete_layers(spec, layout, committed)} of {layout.layers} layers complete"

@@ -13,7 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from personaspace.store.commit import Slot, commit, committed_slots, read_object, read_records
+from personaspace.store.commit import (
+    Slot,
+    commit,
+    committed_slots,
+    describe,
+    publish,
+    read_object,
+    read_record,
+    read_records,
+)
 from personaspace.store.errors import InputError, IntegrityError
 from personaspace.store.layout import Layout
 from personaspace.store.lease import Fence
@@ -58,6 +67,42 @@ def commit_scores(
         dropped={},
         generation=generation,
     )
+
+
+def decode_scores(data: bytes) -> pa.Table:
+    """Table of one part. Raises IntegrityError if it is damaged or has other columns."""
+    try:
+        return pq.read_table(io.BytesIO(data), schema=SCHEMA, page_checksum_verification=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise IntegrityError(f"{len(data)} bytes do not decode as scores: {error}") from error
+
+
+def restore_scores(fence: Fence, layout: Layout, slot: Slot, generation: int) -> bool:
+    """Restore one unit's damaged or unrecorded scores from a sound copy. False if there is none.
+
+    ``generation`` is that of the slot's newest record, damaged or not; -1 where there is none.
+    """
+    array, unit, _ = slot
+    key = scores_key(array.removeprefix(f"{SCORES}."), unit)
+    try:
+        recorded = read_record(fence.folder, slot, generation).objects[0].sha256
+    except (FileNotFoundError, IntegrityError):
+        recorded = None
+    for candidate in (key, copy_key(key)):
+        try:
+            data = fence.folder.get(candidate)
+            decode_scores(data)
+        except (FileNotFoundError, IntegrityError):
+            continue
+        if recorded not in (None, describe(candidate, data).sha256):
+            continue
+        objects = {key: data, copy_key(key): data}
+        if recorded is None:
+            commit(fence, slot, objects, rows=layout.unit_row_range(unit), dropped={}, generation=generation + 1)
+        for other in objects:
+            publish(fence, other, data)
+        return True
+    return False
 
 
 def scores_slot(judge: str, unit: int) -> Slot:

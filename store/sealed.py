@@ -31,7 +31,7 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
     ):
         raise IntegrityError(
             f"{where}: {len(data)} bytes that don't match their own checksum: damaged, or edited by hand. "
-            "`personaspace store repair` mends what can be mended."
+            "`personaspace store verify` shows all damage, `personaspace store repair` mends it."
         )
     document: dict[str, Any] = json.loads(data)
     del document["sha256"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import xarray as xr
 
-from personaspace.store.commit import StoredObject, describe
+from personaspace.store.commit import StoredObject, describe, read_object
 from personaspace.store.errors import InputError
 from personaspace.store.objects import Folder
 from personaspace.store.sealed import seal, unseal
@@ -35,6 +35,15 @@ def save_space(folder: Folder, space: xr.Dataset) -> None:
     if before is not None:
         for entry in list(folder.list(f"{SPACE}/{before['name']}")):
             folder.delete(entry.key)
+
+
+def copy_space(source: Folder, target: Folder) -> None:
+    """Copy the latest fit, if there is one."""
+    for stored in space_objects(source) or ():
+        target.replace(stored.key, read_object(source, stored))
+    latest = _read_latest(source)
+    if latest is not None:
+        target.replace(LATEST, seal(latest))
 
 
 def open_space(folder: Folder) -> xr.Dataset:

@@ -14,8 +14,8 @@ from personaspace.store.commit import COORDINATES_RECORD, ROLLOUTS, commit
 from personaspace.store.errors import InputError
 from personaspace.store.layout import Layout, coordinate_key, rollouts_key, shard_key
 from personaspace.store.lease import acquire
-from personaspace.store.manifest import Manifest, write_session
 from personaspace.store.local import LocalFolder
+from personaspace.store.manifest import Manifest, write_session
 from personaspace.store.rollouts import Rollout, encode_rollouts
 from personaspace.store.schema import RESID_POST_MEAN, create_group, encode_coordinate, encode_shard
 

@@ -1,6 +1,7 @@
 """Units, layer groups, stages and keys: every value has exactly one place."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -22,7 +23,7 @@ from personaspace.store.layout import (
 def layouts(draw: st.DrawFn) -> Layout:
     layers = draw(st.integers(1, 100))
     return Layout(
-        rows=draw(st.integers(1, 5000)),
+        segments=tuple(draw(st.lists(st.integers(1, 1500), min_size=1, max_size=4))),
         layers=layers,
         hidden=draw(st.integers(1, 64)),
         unit_rows=draw(st.integers(1, 300)),
@@ -31,10 +32,15 @@ def layouts(draw: st.DrawFn) -> Layout:
 
 
 @given(layouts())
-def test_every_row_lies_in_exactly_one_unit(layout: Layout) -> None:
+def test_every_planned_row_lies_in_exactly_one_unit(layout: Layout) -> None:
     rows = [row for unit in range(layout.units) for row in layout.unit_row_range(unit)]
-    assert rows == list(range(layout.rows))
-    assert all(len(layout.unit_row_range(unit)) == layout.unit_rows for unit in range(layout.units - 1))
+    assert rows == list(layout.planned_rows())
+    assert rows == sorted(set(rows))
+    assert len(rows) == layout.rows
+    for unit in range(layout.units):
+        part, planned = layout.unit_slice(unit), layout.unit_row_range(unit)
+        assert part.start == planned.start
+        assert planned.start < planned.stop <= part.stop
 
 
 @given(layouts())
@@ -42,7 +48,61 @@ def test_units_cover_the_padded_axis(layout: Layout) -> None:
     slices = [layout.unit_slice(unit) for unit in range(layout.units)]
     assert [part.start for part in slices] == list(range(0, layout.padded_rows, layout.unit_rows))
     assert slices[-1].stop == layout.padded_rows
-    assert 0 <= layout.padded_rows - layout.rows < layout.unit_rows
+    assert 0 <= layout.padded_rows - layout.rows < layout.unit_rows * len(layout.segments)
+
+
+@given(layouts())
+def test_padding_lies_only_at_the_end_of_each_segment(layout: Layout) -> None:
+    assert [unit for units in layout.segment_units for unit in units] == list(range(layout.units))
+    for units, rows in zip(layout.segment_units, layout.segments, strict=True):
+        assert sum(len(layout.unit_row_range(unit)) for unit in units) == rows
+        assert all(len(layout.unit_row_range(unit)) == layout.unit_rows for unit in units[:-1])
+        assert 1 <= len(layout.unit_row_range(units[-1])) <= layout.unit_rows
+
+
+@given(layouts(), st.integers(1, 1500))
+def test_growth_keeps_the_earlier_units(layout: Layout, rows: int) -> None:
+    grown = layout.grow(rows)
+    assert (grown.rows, grown.segments[:-1]) == (layout.rows + rows, layout.segments)
+    for unit in range(layout.units):
+        assert grown.unit_row_range(unit) == layout.unit_row_range(unit)
+        assert grown.unit_slice(unit) == layout.unit_slice(unit)
+    new = list(grown.planned_rows())[layout.rows :]
+    assert new == list(range(layout.padded_rows, layout.padded_rows + rows))
+    assert grown.segment_units[-1].start == layout.units
+    assert replace(grown, segments=layout.segments) == layout
+
+
+@pytest.mark.parametrize("unit", [-1, 4, 100])
+def test_a_unit_that_is_not_there_is_refused(unit: int) -> None:
+    layout = Layout(segments=(9, 3), layers=1, hidden=1, unit_rows=4, layer_group=1)
+    assert layout.units == 4
+    with pytest.raises(ValueError, match=f"^unit {unit} of a run with 4 units$"):
+        layout.unit_row_range(unit)
+
+
+def test_segments_of_a_run_that_grew_twice() -> None:
+    layout = Layout(segments=(9,), layers=1, hidden=1, unit_rows=4, layer_group=1).grow(1).grow(4)
+    assert layout.segment_units == [range(3), range(3, 4), range(4, 5)]
+    assert [layout.unit_row_range(unit) for unit in range(5)] == [
+        range(4),
+        range(4, 8),
+        range(8, 9),
+        range(12, 13),
+        range(16, 20),
+    ]
+    assert (layout.rows, layout.padded_rows) == (14, 20)
+
+
+@given(layouts(), st.integers(1, 5))
+def test_places_for_spans_follow_the_rows(layout: Layout, capacity: int) -> None:
+    """The spans of row r lie at r * capacity and after, padding included, so growth moves none."""
+    spans = layout.of_spans(capacity)
+    assert (spans.units, spans.padded_rows) == (layout.units, layout.padded_rows * capacity)
+    for unit in range(layout.units):
+        rows, places = layout.unit_slice(unit), spans.unit_slice(unit)
+        assert (places.start, places.stop) == (rows.start * capacity, rows.stop * capacity)
+        assert spans.unit_row_range(unit) == range(places.start, places.stop)
 
 
 @given(layouts())

@@ -19,8 +19,8 @@ from personaspace.store.commit import COORDINATES_RECORD, commit
 from personaspace.store.errors import InputError, IntegrityError
 from personaspace.store.layout import ZARR_GROUP, Layout, coordinate_key, shard_key
 from personaspace.store.lease import Fence, acquire
-from personaspace.store.manifest import Manifest, write_session
 from personaspace.store.local import LocalFolder
+from personaspace.store.manifest import Manifest, write_session
 from personaspace.store.reader import NOT_COMMITTED, CommittedArray
 from personaspace.store.schema import (
     COORDINATES,

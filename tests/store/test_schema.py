@@ -22,11 +22,15 @@ from personaspace.store.local import LocalFolder
 from personaspace.store.schema import (
     COORDINATES,
     RESID_POST_MEAN,
+    SPAN_COORDINATES,
+    SPANS,
     STATUS,
-    create_group,
+    ArraySpec,
+    decode_coordinate,
     decode_shard,
     encode_coordinate,
     encode_shard,
+    group_objects,
     round_mantissa,
 )
 
@@ -35,6 +39,14 @@ PRECISIONS = get_args(Precision)
 BELOW_OVERFLOW = 3.38e38
 SMALLEST_NORMAL = 2.0**-126
 SHARDS = hnp.arrays(np.float32, (4, 3, 6), elements=st.floats(width=32))
+MEAN = ArraySpec(name=RESID_POST_MEAN, description="Means")
+TURNS = ArraySpec(name="resid_post_turn", description="Means of turns", spans=True)
+
+
+def write_group(path: Path, layout: Layout = LAYOUT, arrays: tuple[ArraySpec, ...] = (MEAN,), spans: int = 0) -> None:
+    """The group of a new run, as its creation publishes it."""
+    for key, data in group_objects(layout, arrays, {"identity_hash": "ab"}, spans).items():
+        LocalFolder(path).replace(key, data)
 
 
 def some_values(seed: int = 0, layers: int = 3) -> NDArray[np.float32]:
@@ -88,7 +100,7 @@ def test_rounding_does_not_touch_its_input() -> None:
 
 
 def test_last_smaller_group_reads_back_from_the_whole_array(tmp_path: Path) -> None:
-    create_group(tmp_path, LAYOUT, {RESID_POST_MEAN: ""}, {})
+    write_group(tmp_path)
     first, last = some_values(1), some_values(2, layers=2)
     folder = LocalFolder(tmp_path)
     folder.put_new(shard_key(RESID_POST_MEAN, 1, 0), encode_shard(first, LAYOUT, "lossless"))
@@ -119,7 +131,7 @@ def test_a_flipped_bit_never_gives_other_values(bit: int) -> None:
 @given(length=st.integers(1, len(GOOD_BYTES) - 1))
 @settings(max_examples=50, deadline=None)
 def test_a_cut_shard_is_refused(length: int) -> None:
-    with pytest.raises(IntegrityError, match=rf"^{length} bytes do not decode as a shard of shape"):
+    with pytest.raises(IntegrityError, match=rf"^{length} bytes do not decode as a chunk of shape"):
         decode_shard(GOOD_BYTES[:length], LAYOUT, 3)
 
 
@@ -130,7 +142,7 @@ def test_an_empty_shard_is_refused() -> None:
 
 @pytest.mark.parametrize("other", [{"hidden": 8}, {"unit_rows": 5}, {"layer_group": 4}])
 def test_a_shard_of_another_layout_is_refused(other: dict[str, int]) -> None:
-    with pytest.raises(IntegrityError, match="do not decode as a shard"):
+    with pytest.raises(IntegrityError, match="do not decode as a chunk of shape"):
         decode_shard(GOOD_BYTES, replace(LAYOUT, **other), 3)
 
 
@@ -140,9 +152,31 @@ def coordinate_values(name: str) -> NDArray[Any]:
     return np.arange(4, dtype=COORDINATES[name][0])
 
 
+@pytest.mark.parametrize("spans", [False, True])
+def test_coordinate_chunks_round_trip(spans: bool) -> None:
+    for name, (dtype, _) in (SPAN_COORDINATES if spans else COORDINATES).items():
+        if dtype == "string":
+            values = np.array(["poet", "", "hacker", "ωmega"], dtype=object)
+        else:
+            values = np.array([0, 1, 3, np.iinfo(dtype).max], dtype=dtype)
+        data = encode_coordinate(values, LAYOUT, name, spans=spans)
+        assert decode_coordinate(data, LAYOUT, name, spans=spans).tolist() == values.tolist()
+        with pytest.raises(IntegrityError, match="do not decode as a chunk of shape"):
+            decode_coordinate(data[:-1], LAYOUT, name, spans=spans)
+
+
+def test_a_flipped_bit_of_a_coordinate_is_found() -> None:
+    data = encode_coordinate(np.arange(4, dtype=np.int32), LAYOUT, "question")
+    for bit in range(len(data) * 8):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(IntegrityError, match=rf"^{len(data)} bytes do not decode as a chunk of shape \(4,\): "):
+            decode_coordinate(bytes(damaged), LAYOUT, "question")
+
+
 @pytest.mark.parametrize("name", COORDINATES)
 def test_coordinates_read_back(tmp_path: Path, name: str) -> None:
-    create_group(tmp_path, LAYOUT, {RESID_POST_MEAN: ""}, {})
+    write_group(tmp_path)
     values = coordinate_values(name)
     LocalFolder(tmp_path).put_new(coordinate_key(name, 1), encode_coordinate(values, LAYOUT, name))
     stored = zarr.open_group(tmp_path / ZARR_GROUP, mode="r")[name][...]
@@ -153,7 +187,7 @@ def test_coordinates_read_back(tmp_path: Path, name: str) -> None:
 def test_xarray_opens_the_group_without_a_warning(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        create_group(tmp_path, LAYOUT, {RESID_POST_MEAN: "Means"}, {"identity_hash": "ab"})
+        write_group(tmp_path)
         dataset = xr.open_zarr(tmp_path / ZARR_GROUP)
     assert dataset.attrs == {"identity_hash": "ab"}
     assert list(dataset.data_vars) == [RESID_POST_MEAN]
@@ -163,6 +197,45 @@ def test_xarray_opens_the_group_without_a_warning(tmp_path: Path) -> None:
     assert dataset["layer"].values.tolist() == [0, 1, 2, 3, 4]
     assert np.isnan(dataset[RESID_POST_MEAN].values).all()
     assert (dataset["status"] == STATUS.index("pending")).all()
+
+
+def test_spans_are_a_group_of_their_own(tmp_path: Path) -> None:
+    layout = replace(LAYOUT, segments=(10, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_group(tmp_path, layout, (MEAN, TURNS), spans=3)
+        rollouts = xr.open_zarr(tmp_path / ZARR_GROUP)
+        spans = xr.open_zarr(tmp_path / ZARR_GROUP, group=SPANS, consolidated=False)
+    assert list(rollouts.data_vars) == [RESID_POST_MEAN]
+    assert list(spans.data_vars) == ["resid_post_turn"]
+    assert rollouts["resid_post_mean"].sizes == {"rollout": 16, "layer": 5, "hidden": 6}
+    assert spans["resid_post_turn"].sizes == {"span": 48, "layer": 5, "hidden": 6}
+    assert set(spans.coords) == {*SPAN_COORDINATES, "layer"}
+    assert np.isnan(spans["resid_post_turn"].values).all()
+    assert not spans["part"].values.any()
+    metadata = json.loads((tmp_path / ZARR_GROUP / SPANS / "resid_post_turn" / "zarr.json").read_text())
+    assert metadata["chunk_grid"]["configuration"]["chunk_shape"] == [12, 3, 6]
+
+
+def test_the_same_shape_gives_the_same_metadata() -> None:
+    """A resume after a crash publishes it again, and the record of run.json must hold."""
+    assert group_objects(LAYOUT, (MEAN, TURNS), {"a": 1}, 2) == group_objects(LAYOUT, (MEAN, TURNS), {"a": 1}, 2)
+
+
+def test_growth_changes_nothing_but_metadata() -> None:
+    before, after = (group_objects(layout, (MEAN, TURNS), {}, 2) for layout in (LAYOUT, LAYOUT.grow(5)))
+    changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    assert before.keys() == after.keys()
+    assert all(key.endswith("/zarr.json") for key in changed)
+    assert max(after) == f"{ZARR_GROUP}/zarr.json"  # What readers open is published last, in the order of keys.
+
+
+def test_array_specs() -> None:
+    assert (MEAN.path, MEAN.record) == ("resid_post_mean", "resid_post_mean")
+    assert (TURNS.path, TURNS.record) == ("spans/resid_post_turn", "spans.resid_post_turn")
+    assert list(MEAN.wanted_groups(LAYOUT)) == [0, 1]
+    assert list(replace(MEAN, layers=(3, 4)).wanted_groups(LAYOUT)) == [1]
+    assert list(replace(MEAN, layers=(4, 0)).wanted_groups(LAYOUT)) == [0, 1]
 
 
 def codecs_of(metadata: dict[str, Any]) -> set[str]:
@@ -176,7 +249,7 @@ def codecs_of(metadata: dict[str, Any]) -> set[str]:
 
 @pytest.mark.parametrize("name", [RESID_POST_MEAN, *COORDINATES])
 def test_stored_metadata_is_plain_zarr(tmp_path: Path, name: str) -> None:
-    create_group(tmp_path, LAYOUT, {RESID_POST_MEAN: ""}, {})
+    write_group(tmp_path)
     metadata = json.loads((tmp_path / ZARR_GROUP / name / "zarr.json").read_text())
     kind = {RESID_POST_MEAN: {"sharding_indexed", "bytes", "blosc", "crc32c"}, "role": {"vlen-utf8", "crc32c"}}
     assert codecs_of(metadata) == kind.get(name, {"bytes", "crc32c"})

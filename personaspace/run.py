@@ -1,0 +1,99 @@
+"""Carrying out a config: the steps of a run in one process, and the parts of it that a repair makes again."""
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+
+from transformers.utils import logging as transformers_logging
+
+from personaspace.analysis.fit import fit, target_layer
+from personaspace.analysis.publish import publish_report
+from personaspace.cluster.extraction import check_stages, extract
+from personaspace.cluster.generation import generate
+from personaspace.cluster.job import Job, prepare
+from personaspace.cluster.progress import ProgressDisplay
+from personaspace.cluster.repair import adopt_whole, slots_to_redo
+from personaspace.cluster.session import check_shared_paths, hold_run, orderly_end, ray_cluster
+from personaspace.config import RunConfig, stored_config
+from personaspace.store.manifest import require_manifest
+from personaspace.store.objects import Folder
+from personaspace.store.verify import Verification
+
+
+def carry_out(config: RunConfig, steps: Sequence[str]) -> None:
+    """Do some of `generate`, `extract`, `fit` and `report`, in this order; each continues from what is committed."""
+    with orderly_end():
+        job = _prepare(config)
+        print(f"run {job.folder.url}  (identity {job.manifest.identity_hash}, {job.layout.rows} rollouts)", flush=True)
+        if {"generate", "extract"} & set(steps):
+            with ExitStack() as stack:
+                display = stack.enter_context(ProgressDisplay())
+                fence = stack.enter_context(hold_run(job, say=print))
+                stack.enter_context(ray_cluster(config.cluster))
+                if "generate" in steps or config.generate.responses is not None:
+                    generate(job, fence, config.cluster, display.report)
+                if "extract" in steps:
+                    extract(job, fence, config.cluster, display.report)
+        if "fit" in steps:
+            space = fit(job.folder, config.analysis)
+            layer = space.sel(layer=space.attrs["target_layer"])
+            print(
+                f"fit: {space.sizes['role']} roles, |cos(axis, PC1)| {float(layer['cos_axis_pc1']):.2f} at layer "
+                f"{int(layer['layer'])}"
+            )
+        if "report" in steps:
+            print(f"report: {publish_report(job.folder)}")
+
+
+def compute_again(folder: Folder, found: Verification, flags: Sequence[str]) -> None:
+    """Make the damaged pieces of a run again, with the config that it was made with, changed by ``flags``.
+
+    Pieces that are whole and only lost their record are recorded again. Raises InputError where the config no
+    longer gives the same run.
+    """
+    with orderly_end():
+        config = _config_of(folder, flags)
+        job = _prepare(config, keep=True)
+        with ExitStack() as stack:
+            display = stack.enter_context(ProgressDisplay())
+            fence = stack.enter_context(hold_run(job, say=print))
+            adopted = adopt_whole(job, fence, found, print)
+            redo = {slot: number for slot, number in slots_to_redo(job, found.harmful).items() if slot not in adopted}
+            if redo:
+                stack.enter_context(ray_cluster(config.cluster))
+                job = replace(job, redo=redo)
+                generate(job, fence, config.cluster, display.report)
+                extract(job, fence, config.cluster, display.report)
+
+
+def fit_again(folder: Folder, flags: Sequence[str]) -> None:
+    """Compute fit and report of a stored run again."""
+    fit(folder, _config_of(folder, flags).analysis)
+    print(f"report: {publish_report(folder)}")
+
+
+def _config_of(folder: Folder, flags: Sequence[str]) -> RunConfig:
+    """The config in run.json, for the place where the run now is."""
+    config = stored_config(require_manifest(folder).execution, folder.url, flags, prog="personaspace store repair RUN")
+    root, _, run = folder.url.rpartition("/")
+    return replace(config, store=replace(config.store, root=root, run=run, grow=False))
+
+
+def _prepare(config: RunConfig, *, keep: bool = False) -> Job:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    check_shared_paths(config.cluster, {"store.root": config.store.root})
+    job = prepare(
+        model=config.model,
+        personas=config.personas,
+        generate=config.generate,
+        extract=config.extract,
+        store=config.store,
+        execution={"config": asdict(config)},
+        keep=keep,
+    )
+    check_stages(job, config.cluster)
+    target_layer(config.analysis, range(job.layout.layers))
+    return job

@@ -1,0 +1,68 @@
+"""Copying a run, to another place or another kind of storage: every byte checked on its way."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from personaspace.store.catalog import REPORT
+from personaspace.store.commit import (
+    READ_THREADS,
+    StoredObject,
+    committed_slots,
+    describe,
+    publish,
+    read_object,
+    read_slots,
+)
+from personaspace.store.errors import InputError
+from personaspace.store.lease import Fence
+from personaspace.store.manifest import read_manifest, require_manifest, write_manifest
+from personaspace.store.objects import Folder
+from personaspace.store.plan import copy_key
+from personaspace.store.space import copy_space
+
+WINDOW = 64
+"""Objects on their way at a time: bounds the memory to so many shards."""
+
+
+def copy_run(source: Folder, fence: Fence, progress: Callable[[int, int, int], None]) -> int:
+    """Copy what ``source`` has committed into the folder of ``fence``, whose lease the caller holds; returns bytes.
+
+    The copy is a run of its own: not frozen, with the sessions of its source. run.json comes last, so an interrupted
+    copy is no run yet, and the same command goes on with it: objects that are there are not sent again. Committed
+    records don't change, so the source may be written meanwhile. ``progress`` gets objects done, objects in all, and
+    bytes done. Raises InputError if the target holds another run, IntegrityError for damage in the source.
+    """
+    manifest = require_manifest(source)
+    target = fence.folder
+    existing = read_manifest(target)
+    if existing is not None and existing.identity_hash != manifest.identity_hash:
+        raise InputError(f"{target.url}: holds another run (identity {existing.identity_hash}); choose another place.")
+    slots = committed_slots(source)
+    records = read_slots(source, slots).values()
+    copies = [replace(stored, key=copy_key(stored.key)) for stored in manifest.plan]
+    wanted = [*manifest.plan, *copies, *manifest.metadata]
+    wanted += [entry for record in records for entry in record.objects]
+    present = {entry.key: entry.bytes for entry in target.list()}
+
+    def send(stored: StoredObject) -> int:
+        # An object of the right size was published whole: only its content can still be another's.
+        if present.get(stored.key) != stored.bytes or describe(stored.key, target.get(stored.key)) != stored:
+            publish(fence, stored.key, read_object(source, stored))
+        return stored.bytes
+
+    with ThreadPoolExecutor(READ_THREADS) as threads:
+        total = done = 0
+        for start in range(0, len(wanted), WINDOW):
+            for size in threads.map(send, wanted[start : start + WINDOW]):
+                done += 1
+                total += size
+                progress(done, len(wanted), total)
+        # A record is written when its objects are there, as everywhere.
+        for record in records:
+            publish(fence, record.key, record.encode())
+    copy_space(source, target)
+    if source.exists(REPORT):
+        target.replace(REPORT, source.get(REPORT))
+    write_manifest(fence, existing, replace(manifest, frozen=None))
+    return total

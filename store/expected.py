@@ -1,0 +1,44 @@
+"""Which objects may lie in a run folder: what each key means, without reading anything."""
+
+import re
+
+from personaspace.store.catalog import REPORT
+from personaspace.store.commit import COORDINATES_RECORD, ROLLOUTS, Slot
+from personaspace.store.committed import chunk_slot
+from personaspace.store.index import INDEX, TABLE
+from personaspace.store.layout import ZARR_GROUP
+from personaspace.store.lease import LEASE
+from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, Manifest
+from personaspace.store.objects import LOCK
+from personaspace.store.schema import SPANS
+from personaspace.store.scores import SCORES
+from personaspace.store.space import LATEST
+
+KNOWN = {MANIFEST, MANIFEST_COPY, LEASE, LOCK, INDEX, TABLE, REPORT, LATEST}
+"""Objects that are there once, without a record."""
+_ROLLOUTS = re.compile(rf"{ROLLOUTS}/(\d{{6,}})\.parquet")
+_SCORES = re.compile(rf"{SCORES}/([A-Za-z0-9][A-Za-z0-9._-]*)/(\d{{6,}})(\.copy)?\.parquet")
+
+
+def orphan_slot(key: str, manifest: Manifest) -> Slot | None:
+    """The slot of this run whose record would make the object count; None if there is no such slot."""
+    slot = _slot(key)
+    if slot is None:
+        return None
+    array, unit, group = slot
+    layout = manifest.layout
+    arrays = {spec.record for spec in manifest.arrays}
+    if not 0 <= unit < layout.units or not 0 <= group < layout.groups:
+        return None
+    known = array in (ROLLOUTS, COORDINATES_RECORD, f"{SPANS}.{COORDINATES_RECORD}") or array in arrays
+    return slot if known or array.startswith(f"{SCORES}.") else None
+
+
+def _slot(key: str) -> Slot | None:
+    if match := _ROLLOUTS.fullmatch(key):
+        return (ROLLOUTS, int(match[1]), 0)
+    if match := _SCORES.fullmatch(key):
+        return (f"{SCORES}.{match[1]}", int(match[2]), 0)
+    if key.startswith(f"{ZARR_GROUP}/"):
+        return chunk_slot(key.removeprefix(f"{ZARR_GROUP}/"))
+    return None
