@@ -4,9 +4,12 @@ Legend: U rows of a unit, N rows, S roles of the source, L layers, D hidden.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,7 @@ ROLES = 276
 UNIT_ROWS = 120
 """R of a run with the reference project's 1,200 rollouts a role."""
 QUESTIONS = 24
+NO_SOURCE = "0" * 64
 NOISE = 1e-3
 """Relative noise on every tiled value: no two tiles share a value, outlier dimensions stay what they are."""
 
@@ -77,8 +81,7 @@ class Tiles:
 
     def unit_ULD(self, unit: int) -> NDArray[np.float32]:
         """Values of one unit; the same at every call."""
-        mean_SLD = np.load(self.source / "mean_SLD.npy", mmap_mode="r")
-        deviation_NLD = np.load(self.source / "deviation_NLD.npy", mmap_mode="r")
+        mean_SLD, deviation_NLD = load_source(self.source)
         random = np.random.default_rng([2, unit])
         # No row twice in a chunk of the store, or it would compress as it never does.
         values_ULD = deviation_NLD[np.resize(random.permutation(len(deviation_NLD)), self.layout.unit_rows)]
@@ -109,9 +112,15 @@ def save_source(url: str, folder: Path) -> dict[str, Any]:
     return {**attributes, "rows": len(values_NLD), "roles": len(order), "shape": list(values_NLD.shape[1:])}
 
 
+@cache
+def load_source(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Means and deviations that ``save_source`` kept."""
+    return np.load(folder / "mean_SLD.npy"), np.load(folder / "deviation_NLD.npy")
+
+
 def plan_tiles(source: Path, gigabytes: float) -> Tiles:
     """The smallest run of at least so many bytes of float32; 276 roles where they fill at least one unit each."""
-    _, layers, hidden = np.load(source / "mean_SLD.npy", mmap_mode="r").shape
+    _, layers, hidden = load_source(source)[0].shape
     units = math.ceil(gigabytes * 1e9 / (4 * layers * hidden * UNIT_ROWS))
     each, roles = (math.ceil(units / ROLES), ROLES) if units > ROLES else (1, max(3, units))
     layout = Layout(
@@ -124,37 +133,48 @@ def plan_tiles(source: Path, gigabytes: float) -> Tiles:
     return Tiles(source=source, layout=layout, rows_per_role=each * UNIT_ROWS)
 
 
-def write_tiled_run(folder: LocalFolder, tiles: Tiles, precision: Precision, processes: int) -> None:
-    """A complete run: plan, rollouts, shards, coordinates, all with their records, and the index."""
+@contextmanager
+def create_run(folder: LocalFolder, tiles: Tiles, precision: Precision) -> Iterator[tuple[Fence, Manifest]]:
+    """A new run without any data, and the lease to write it."""
     with acquire(folder, timeout=60, say=print) as lease:
-        manifest = write_run(lease.fence, None, _manifest(tiles, precision), list(planned_rows(tiles)))
-        units = range(tiles.layout.units)
+        yield lease.fence, write_run(lease.fence, None, _manifest(tiles, precision), list(planned_rows(tiles)))
+
+
+def write_tiled_run(folder: LocalFolder, tiles: Tiles, precision: Precision) -> None:
+    """A complete run: plan, rollouts, shards, coordinates, all with their records, and the index."""
+    processes = os.cpu_count() or 1
+    with create_run(folder, tiles, precision) as (fence, manifest):
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            work = [
-                pool.submit(_write_units, lease.fence, tiles, precision, units[p::processes]) for p in units[:processes]
-            ]
-            for done in work:
+            shares = [range(first, tiles.layout.units, processes) for first in range(processes)]
+            for done in [pool.submit(_write_units, fence, tiles, precision, share) for share in shares]:
                 done.result()
-        write_index(lease.fence, manifest)
+        write_index(fence, manifest)
 
 
 def _write_units(fence: Fence, tiles: Tiles, precision: Precision, units: Iterable[int]) -> None:
     for unit in units:
+        values_ULD = tiles.unit_ULD(unit)
         commit_rollouts(fence, tiles, unit)
-        commit_shards(fence, tiles.layout, unit, tiles.unit_ULD(unit), precision)
+        for group in range(tiles.layout.groups):
+            commit_shard(fence, tiles.layout, unit, group, encode_group(values_ULD, tiles.layout, group, precision))
         commit_coordinates(fence, tiles, unit)
 
 
-def commit_shards(
-    fence: Fence, layout: Layout, unit: int, values_ULD: NDArray[np.float32], precision: Precision
-) -> None:
-    """As a stage actor does it: encode, publish, record, one shard after the other."""
-    for group in range(layout.groups):
-        layers = layout.group_layers(group)
-        data = encode_shard(values_ULD[:, layers.start : layers.stop], layout, precision)
-        key = shard_key(RESID_POST_MEAN, unit, group)
-        rows = layout.unit_row_range(unit)
-        commit(fence, (RESID_POST_MEAN, unit, group), {key: data}, rows=rows, dropped={}, source="0" * 64)
+def encode_group(values_ULD: NDArray[np.float32], layout: Layout, group: int, precision: Precision) -> bytes:
+    layers = layout.group_layers(group)
+    return encode_shard(values_ULD[:, layers.start : layers.stop], layout, precision)
+
+
+def commit_shard(fence: Fence, layout: Layout, unit: int, group: int, data: bytes) -> None:
+    """As a stage actor does it."""
+    commit(
+        fence,
+        (RESID_POST_MEAN, unit, group),
+        {shard_key(RESID_POST_MEAN, unit, group): data},
+        rows=layout.unit_row_range(unit),
+        dropped={},
+        source=NO_SOURCE,
+    )
 
 
 def commit_rollouts(fence: Fence, tiles: Tiles, unit: int) -> None:
@@ -197,7 +217,7 @@ def commit_coordinates(fence: Fence, tiles: Tiles, unit: int) -> None:
         {coordinate_key(name, unit): encode_coordinate(columns[name], tiles.layout, name) for name in COORDINATES},
         rows=tiles.layout.unit_row_range(unit),
         dropped={},
-        source="0" * 64,
+        source=NO_SOURCE,
         covers=tuple(f"{RESID_POST_MEAN}.{group:03d}" for group in range(tiles.layout.groups)),
     )
 

@@ -103,14 +103,15 @@ def _ls(parsed: argparse.Namespace, _: Sequence[str]) -> int:
         return 0
     table = Table(box=None, pad_edge=False)
     for heading in ("run", "model", "shape", "rollouts", "layers", "state", "size", "last session"):
-        table.add_column(heading, no_wrap=heading in ("run", "state"))
+        table.add_column(heading, no_wrap=True)
     for run in chosen:
         row = _row(run)
         table.add_row(*(str(row.get(name, "")) for name in row))
     if not chosen:
         print(f"{root.url}: no runs, or none that match.")
     else:
-        Console(soft_wrap=True).print(table)
+        console = Console()
+        Console(width=None if console.is_terminal else 200).print(table)
     return 0
 
 

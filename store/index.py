@@ -3,13 +3,11 @@
 It is derived data. It names the state of the run that it was made from, and is left aside where that is another.
 """
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import zarr
 from numpy.typing import NDArray
 
@@ -19,6 +17,7 @@ from personaspace.store.errors import IntegrityError
 from personaspace.store.lease import Fence
 from personaspace.store.manifest import Manifest
 from personaspace.store.objects import Folder
+from personaspace.store.parquet import decode_table, encode_table
 from personaspace.store.sealed import seal, unseal
 
 INDEX = "index.json"
@@ -34,11 +33,10 @@ def write_index(fence: Fence, manifest: Manifest) -> None:
     if is_current(fence.folder, committed):
         return
     columns = _from_chunks(fence.folder, manifest, committed)
-    sink = io.BytesIO()
-    pq.write_table(pa.table({name: columns[name] for name in COLUMNS}), sink, compression="zstd")
+    data = encode_table(pa.table({name: columns[name] for name in COLUMNS}))
     fence.check()
-    fence.folder.replace(TABLE, sink.getvalue())
-    stored = describe(TABLE, sink.getvalue())
+    fence.folder.replace(TABLE, data)
+    stored = describe(TABLE, data)
     fence.folder.replace(INDEX, seal({"state": state, "bytes": stored.bytes, "table_sha256": stored.sha256}))
 
 
@@ -47,9 +45,9 @@ def read_index(folder: Folder, manifest: Manifest, committed: Mapping[Slot, int]
     stored = _read_head(folder, _state(committed))
     if stored is not None:
         try:
-            table = pq.read_table(io.BytesIO(read_object(folder, stored)))
+            table = decode_table(read_object(folder, stored))
             return {name: table[name].to_numpy() for name in COLUMNS}
-        except (IntegrityError, pa.ArrowException, OSError):
+        except IntegrityError:
             pass  # Replaced this moment, or damaged, which `verify` reports; the chunks say the same.
     return _from_chunks(folder, manifest, committed)
 

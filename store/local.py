@@ -6,7 +6,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,11 +81,11 @@ class LocalFolder:
             target = self.resolve(key)
             target.unlink(missing_ok=True)
             # Object stores know no empty folders; neither should a listing of these.
-            for folder in target.relative_to(self.path).parents[:-1]:
+            for folder in target.relative_to(self.path).parents:
                 try:
                     (self.path / folder).rmdir()
                 except OSError:
-                    break
+                    break  # Not empty.
 
     def put_new(self, key: str, data: bytes) -> bool:
         target = self.resolve(key)
@@ -124,9 +124,12 @@ class LocalFolder:
                 _sync_folders(self.resolve(entry.key).parent, self.path)
 
     def clear_scratch(self) -> int:
-        leftovers = list((self.path / SCRATCH).glob("*"))
+        scratch = self.path / SCRATCH
+        leftovers = list(scratch.glob("*"))
         for leftover in leftovers:
             leftover.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.rmdir()
         return len(leftovers)
 
     def zarr_store(self, prefix: str, *, read_only: bool = True) -> LocalStore:

@@ -4,18 +4,15 @@ It says which rollout belongs to which row before any is generated, so that a ru
 config whose roles and questions come in another order.
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from personaspace.store.commit import StoredObject, read_object
-from personaspace.store.errors import IntegrityError
+from personaspace.store.commit import read_object
 from personaspace.store.manifest import Manifest
 from personaspace.store.objects import Folder
+from personaspace.store.parquet import decode_table, encode_table
 
 SCHEMA = pa.schema(
     [
@@ -53,20 +50,13 @@ def copy_key(key: str) -> str:
 
 def encode_plan(rows: Sequence[PlannedRow]) -> bytes:
     """One segment's rows as Parquet."""
-    sink = io.BytesIO()
-    table = pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMA)
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    return sink.getvalue()
+    return encode_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMA))
 
 
 def read_plan(folder: Folder, manifest: Manifest) -> list[PlannedRow]:
     """All planned rows, in order. Raises IntegrityError if a segment's file is damaged."""
-    return [PlannedRow(**entry) for stored in manifest.plan for entry in _segment(folder, stored)]
-
-
-def _segment(folder: Folder, stored: StoredObject) -> list[dict[str, Any]]:
-    try:
-        rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(read_object(folder, stored)), schema=SCHEMA).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise IntegrityError(f"{folder.url}/{stored.key}: does not decode as Parquet: {error}") from error
-    return rows
+    return [
+        PlannedRow(**entry)
+        for stored in manifest.plan
+        for entry in decode_table(read_object(folder, stored), SCHEMA).to_pylist()
+    ]

@@ -99,7 +99,8 @@ class RemoteFolder:
                 if current is None:
                     obstore.put(self._store, key, data, mode="create", use_multipart=False)
                 else:
-                    version: Any = {"e_tag": found.meta["e_tag"], "version": found.meta["version"]}
+                    seen = {"e_tag": found.meta["e_tag"], "version": found.meta["version"]}
+                    version: Any = {name: value for name, value in seen.items() if value is not None}
                     obstore.put(self._store, key, data, mode=version, use_multipart=False)
             except (AlreadyExistsError, PreconditionError, FileNotFoundError):
                 # A repeated request finds what its first attempt wrote, when only the answer was lost.
@@ -180,9 +181,16 @@ def _connect(url: str, _pid: int) -> Any:
         from obstore.auth.boto3 import Boto3CredentialProvider
 
         options["credential_provider"] = Boto3CredentialProvider()
+    endpoints = (os.environ.get(name, "") for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"))
+    # Options given here replace those of the environment, so an endpoint without TLS has to be allowed here, too.
+    plain = any(endpoint.startswith("http://") for endpoint in endpoints)
     return from_url(
         url,
-        client_options={"timeout": REQUEST_TIMEOUT, "connect_timeout": timedelta(seconds=10)},
+        client_options={
+            "timeout": REQUEST_TIMEOUT,
+            "connect_timeout": timedelta(seconds=10),
+            "allow_http": plain or os.environ.get("AWS_ALLOW_HTTP", "").lower() == "true",
+        },
         retry_config={"max_retries": 10, "retry_timeout": RETRY_TIMEOUT},
         **options,
     )

@@ -55,5 +55,6 @@ def remove_run(fence: Fence, progress: Callable[[int], None] = lambda count: Non
 def remove_lease(folder: Folder) -> None:
     """Delete what the lease leaves of a removed run, after its release."""
     if read_manifest(folder) is None:
+        folder.clear_scratch()
         for key in (LEASE, LOCK):
             folder.delete(key)

@@ -1,16 +1,14 @@
 """Rollouts in Parquet: one part per unit, published whole and recorded like any other object."""
 
-import io
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from personaspace.store.commit import READ_THREADS, ROLLOUTS, Record, read_object, read_records
-from personaspace.store.errors import IntegrityError
 from personaspace.store.objects import Folder
+from personaspace.store.parquet import decode_table, encode_table
 
 SCHEMA = pa.schema(
     [
@@ -67,22 +65,12 @@ class Rollout:
 
 def encode_rollouts(rollouts: Sequence[Rollout]) -> bytes:
     """One Parquet part, with page checksums."""
-    table = pa.Table.from_pylist([asdict(rollout) for rollout in rollouts], schema=SCHEMA)
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    return sink.getvalue()
+    return encode_table(pa.Table.from_pylist([asdict(rollout) for rollout in rollouts], schema=SCHEMA))
 
 
 def decode_rollouts(data: bytes) -> pa.Table:
     """Table of one part. Raises IntegrityError if it is damaged or has other columns."""
-    try:
-        table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
-        names, matches = table.schema.names, table.schema.equals(SCHEMA)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise IntegrityError(f"{len(data)} bytes do not decode as a Parquet part: {error}") from error
-    if not matches:
-        raise IntegrityError(f"Parquet part has columns {names}, expected {SCHEMA.names}")
-    return table
+    return decode_table(data, SCHEMA)
 
 
 def read_rollouts(folder: Folder, units: Iterable[int] | None = None, columns: list[str] | None = None) -> pa.Table:

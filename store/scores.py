@@ -4,13 +4,11 @@ A score says how far a response plays its role: 0 (refused) to 3 (fully). It can
 store, so every part is kept twice.
 """
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from personaspace.store.commit import (
@@ -28,6 +26,7 @@ from personaspace.store.layout import Layout
 from personaspace.store.lease import Fence
 from personaspace.store.location import check_run_name
 from personaspace.store.objects import Folder
+from personaspace.store.parquet import decode_table, encode_table
 from personaspace.store.plan import copy_key
 
 SCORES = "scores"
@@ -55,26 +54,16 @@ def commit_scores(
     fence: Fence, layout: Layout, judge: str, unit: int, scores: Sequence[Score], *, generation: int = 0
 ) -> None:
     """Publish and record the scores of one unit, given by one version of a judge."""
-    sink = io.BytesIO()
-    table = pa.Table.from_pylist([asdict(score) for score in scores], schema=SCHEMA)
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    data = encode_table(pa.Table.from_pylist([asdict(score) for score in scores], schema=SCHEMA))
     key = scores_key(judge, unit)
     commit(
         fence,
         scores_slot(judge, unit),
-        {key: sink.getvalue(), copy_key(key): sink.getvalue()},
+        {key: data, copy_key(key): data},
         rows=layout.unit_row_range(unit),
         dropped={},
         generation=generation,
     )
-
-
-def decode_scores(data: bytes) -> pa.Table:
-    """Table of one part. Raises IntegrityError if it is damaged or has other columns."""
-    try:
-        return pq.read_table(io.BytesIO(data), schema=SCHEMA, page_checksum_verification=True)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise IntegrityError(f"{len(data)} bytes do not decode as scores: {error}") from error
 
 
 def restore_scores(fence: Fence, layout: Layout, slot: Slot, generation: int) -> bool:
@@ -91,7 +80,7 @@ def restore_scores(fence: Fence, layout: Layout, slot: Slot, generation: int) ->
     for candidate in (key, copy_key(key)):
         try:
             data = fence.folder.get(candidate)
-            decode_scores(data)
+            decode_table(data, SCHEMA)
         except (FileNotFoundError, IntegrityError):
             continue
         if recorded not in (None, describe(candidate, data).sha256):
@@ -132,11 +121,6 @@ def read_scores(folder: Folder, layout: Layout, judge: str | None = None) -> NDA
         raise InputError(f"{folder.url}: no scores of {name!r}. Judges with scores: {', '.join(known) or 'none'}.")
     scores = np.full(layout.padded_rows, np.nan, dtype=np.float32)
     for record in read_records(folder, f"{SCORES}.{name}").values():
-        try:
-            table = pq.read_table(io.BytesIO(read_object(folder, record.objects[0])), schema=SCHEMA)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise IntegrityError(
-                f"{folder.url}/{record.objects[0].key}: does not decode as Parquet: {error}"
-            ) from error
+        table = decode_table(read_object(folder, record.objects[0]), SCHEMA)
         scores[table["row"].to_numpy()] = table["score"].to_numpy()
     return scores

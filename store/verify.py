@@ -25,6 +25,7 @@ from personaspace.store.lease import LEASE, read_holder
 from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, Manifest, read_manifest, require_manifest
 from personaspace.store.objects import SCRATCH, Folder
 from personaspace.store.plan import copy_key
+from personaspace.store.scores import SCORES
 from personaspace.store.space import LATEST, SPACE, space_objects
 
 Kind = Literal["damaged", "missing", "stale", "orphan", "leftover", "foreign"]
@@ -259,7 +260,12 @@ def _unexpected(
         name = key.rsplit("/", 1)[-1]
         if slot is not None:
             # The objects of a slot whose record is damaged or lost are what a repair looks at first.
-            if not writing and slot not in records and slot not in troubled:
+            if writing or slot in records or slot in troubled:
+                continue
+            if slot[0].startswith(f"{SCORES}."):
+                check.add("missing", record_key(slot, 0), "scores are there without their record", slot, -1)
+                troubled[slot] += 1
+            else:
                 check.add("orphan", key, "has no record; resuming the run adopts it, gc deletes it")
         elif key.startswith(f"{SCRATCH}/") or name.startswith(".nfs") or ".partial" in name:
             if not writing:

@@ -5,16 +5,19 @@ tensors: `torch_files`. The project's own generator labels every response `pos`,
 """
 
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from personaspace.store.errors import InputError
 from personaspace.store.formats.assistant_axis_scores import response_key
-from personaspace.store.formats.files import replacing
+from personaspace.store.formats.files import replacing, require_file
 from personaspace.store.formats.json_text import parse_json
 from personaspace.store.formats.role_names import check_role_name, role_files
+
+_QUESTION_ID = re.compile(r"aa(0|[1-9][0-9]{0,8})")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,13 +57,25 @@ def read_questions(file: Path) -> list[tuple[str, str]]:
     return questions
 
 
+def question_numbers(ids: Sequence[str]) -> list[int]:
+    """The index that files of the project have for each question: N where all ids are `aaN`, else its place."""
+    found = [_QUESTION_ID.fullmatch(question) for question in ids]
+    numbers = [int(match[1]) for match in found if match is not None]
+    return numbers if len(set(numbers)) == len(ids) else list(range(len(ids)))
+
+
 def iter_responses(folder: Path) -> Iterator[tuple[str, list[Response]]]:
     """(role, its responses in the order of the file), one role at a time, by name of the role.
 
     Raises InputError naming file and line.
     """
     for role, file in role_files(folder, ".jsonl"):
-        yield role, [_response(role, where, line) for where, line in _json_lines(file)]
+        yield role, read_role_responses(role, file)
+
+
+def read_role_responses(role: str, file: Path) -> list[Response]:
+    """The responses of one role's file, in its order. Raises InputError naming file and line."""
+    return [_response(role, where, line) for where, line in _json_lines(require_file(file))]
 
 
 def read_responses(folder: Path) -> list[Response]:

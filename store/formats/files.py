@@ -1,8 +1,9 @@
 """Files are read only if they are there, and appear whole or not at all: written under another name, then renamed."""
 
 import os
+import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +26,37 @@ def replacing(file: Path, *, overwrite: bool) -> Iterator[Path]:
         sync(file.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_parts(folder: Path, parts: Sequence[str], *, overwrite: bool) -> Iterator[Path]:
+    """A new folder to write ``parts`` (files or folders) to; if the block ends well, they become those of ``folder``.
+
+    Parts that ``folder`` has and that weren't written are gone then; its other files are left alone. Raises InputError
+    at once if ``folder`` is not empty (unless ``overwrite``) or can't be made.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not overwrite):
+        raise InputError(f"{folder}: exists and is not empty; choose another folder, or allow it to be overwritten.")
+    make_folder(folder.parent)
+    temporary = folder.parent / f".{uuid.uuid4().hex}.tmp"
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            sync(path)
+        if not folder.exists() or not any(folder.iterdir()):
+            os.replace(temporary, folder)
+        else:
+            old = temporary / ".old"
+            old.mkdir()
+            for part in parts:
+                for source, target in ((folder / part, old / part), (temporary / part, folder / part)):
+                    if source.exists():
+                        os.replace(source, target)
+            sync(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def require_file(file: Path) -> Path:

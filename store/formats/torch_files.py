@@ -43,19 +43,13 @@ def iter_activations(file: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
 
     The file is mapped, not loaded: memory holds one response at a time. Raises InputError naming file and key.
     """
-    entry = _load(file)
-    if not isinstance(entry, dict) or not entry:
-        raise InputError(f"{file}: holds {_kind(entry)}; expected a dict of tensors by key, such as `pos_p0_q17`.")
-    first: tuple[int, ...] | None = None
-    for key, value in entry.items():
-        if not isinstance(key, str):
-            raise InputError(f"{file}: key {key!r} is no text; expected keys such as `pos_p0_q17`.")
-        parse_key(key, str(file))
-        act_LD = _array(value, f"{file}: {key}", 2)
-        first = first or act_LD.shape
-        if act_LD.shape != first:
-            raise InputError(f"{file}: {key}: is {act_LD.shape}, but the first of the file is {first}.")
-        yield key, act_LD
+    for key, tensor in _activation_tensors(file):
+        yield key, _array(tensor, f"{file}: {key}", 2)
+
+
+def activation_shapes(file: Path) -> dict[str, tuple[int, int]]:
+    """Key -> (layers, hidden) of every response of one role's file, in its order; their values aren't read."""
+    return {key: (tensor.shape[0], tensor.shape[1]) for key, tensor in _activation_tensors(file)}
 
 
 def write_activations(
@@ -166,6 +160,23 @@ def write_capping(file: Path, config: CappingConfig, *, overwrite: bool = False)
         _save({"vectors": vectors, "experiments": experiments}, temporary)
 
 
+def _activation_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Checked keys and tensors of one role's file, all of one shape."""
+    entry = _load(file)
+    if not isinstance(entry, dict) or not entry:
+        raise InputError(f"{file}: holds {_kind(entry)}; expected a dict of tensors by key, such as `pos_p0_q17`.")
+    first: torch.Size | None = None
+    for key, value in entry.items():
+        if not isinstance(key, str):
+            raise InputError(f"{file}: key {key!r} is no text; expected keys such as `pos_p0_q17`.")
+        parse_key(key, str(file))
+        tensor = _check_tensor(value, f"{file}: {key}", 2)
+        first = first or tensor.shape
+        if tensor.shape != first:
+            raise InputError(f"{file}: {key}: is {tuple(tensor.shape)}, but the first of the file is {tuple(first)}.")
+        yield key, tensor
+
+
 def _interventions(entries: Any, where: str) -> tuple[tuple[str, float], ...]:
     if not isinstance(entries, list) or not all(isinstance(item, dict) for item in entries):
         raise InputError(f"{where}: `interventions` is {_kind(entries)}; expected a list of dicts.")
@@ -206,16 +217,26 @@ def _load(file: Path) -> Any:
 
 def _array(value: Any, where: str, dimensions: int) -> NDArray[np.float32]:
     """A tensor as float32. Raises InputError for other objects, types, shapes and layouts."""
+    tensor = _check_tensor(value, where, dimensions)
+    array: NDArray[np.float32] = tensor.detach().to(torch.float32, copy=True).contiguous().numpy()
+    check_array(array, where, dimensions)
+    return array
+
+
+def _check_tensor(value: Any, where: str, dimensions: int) -> torch.Tensor:
+    """A dense tensor of floats of that many dimensions, its values unread. Raises InputError for anything else."""
     if not isinstance(value, torch.Tensor):
         raise InputError(f"{where}: is {_kind(value)}; expected a tensor of {dimensions} dimensions.")
     if value.layout != torch.strided or value.device.type != "cpu" or not value.is_floating_point():
         raise InputError(f"{where}: is {value.dtype}, {value.layout}; expected a dense tensor of floats.")
+    if value.ndim != dimensions or not value.numel():
+        # In the words of `check_array`, which sees what was read as float32.
+        found = f"float32 {tuple(value.shape)}"
+        raise InputError(f"{where}: is {found}; it must be a float32 array of {dimensions} dimensions with values.")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         # Strides of zero let a file of some bytes stand for terabytes.
         raise InputError(f"{where}: is {tuple(value.shape)}, more values than the file holds; save it contiguous.")
-    array: NDArray[np.float32] = value.detach().to(torch.float32, copy=True).contiguous().numpy()
-    check_array(array, where, dimensions)
-    return array
+    return value
 
 
 def _tensor(array: NDArray[np.float32]) -> torch.Tensor:

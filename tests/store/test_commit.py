@@ -15,12 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from personaspace.store.commit import (
+    Record,
     Slot,
     adopt,
     commit,
     committed_slots,
     describe,
     parse_record_key,
+    publish,
+    read_object,
+    read_record,
     read_records,
     record_key,
 )
@@ -29,6 +33,7 @@ from personaspace.store.layout import Layout
 from personaspace.store.lease import Fence, acquire
 from personaspace.store.local import LocalFolder
 from personaspace.store.schema import encode_coordinate, encode_shard
+from personaspace.store.sealed import seal, unseal
 
 SLOT: Slot = ("resid_post_mean", 3, 1)
 KEY = "activations.zarr/resid_post_mean/c/3/1/0"
@@ -56,7 +61,7 @@ def assert_records_hold(folder: LocalFolder) -> int:
     """Every record's objects are there with its length and checksum; returns how many records there are."""
     slots = committed_slots(folder)
     for slot in slots:
-        for stored in read_records(folder, slot[0], slot[1])[slot].objects:
+        for stored in read_records(folder, slot[0], [slot[1]])[slot].objects:
             data = folder.get(stored.key)
             assert describe(stored.key, data) == stored, slot
     return len(slots)
@@ -78,7 +83,7 @@ def test_commit_publishes_then_records(fence: Fence) -> None:
 def test_dropped_reasons_survive(fence: Fence) -> None:
     reasons = {12: "empty response", 15: "700 tokens exceed the model's context of 512 ✂"}
     commit(fence, SLOT, {KEY: b"data"}, rows=ROWS, dropped=reasons)
-    assert read_records(fence.folder, SLOT[0], SLOT[1])[SLOT].dropped == reasons
+    assert read_records(fence.folder, SLOT[0], [SLOT[1]])[SLOT].dropped == reasons
 
 
 def test_object_without_record_counts_for_nothing(fence: Fence) -> None:
@@ -120,6 +125,24 @@ def test_orphan_without_inspection_is_replaced(fence: Fence) -> None:
     assert fence.folder.get(KEY) == b"new"
 
 
+def test_records_tell_what_they_were_made_from(fence: Fence) -> None:
+    covers = ("resid_post_mean.000", "resid_post_mean.001")
+    made = commit(fence, SLOT, {KEY: b"x"}, rows=ROWS, dropped={}, source="ab" * 32, covers=covers, generation=2)
+    assert read_record(fence.folder, SLOT, 2) == made
+    assert (made.source, made.covers, made.generation) == ("ab" * 32, covers, 2)
+    fence.folder.put_new("other", whole(b"orphan"))
+    found = adopt(fence, ("a", 3, 0), "other", rows=ROWS, inspect=inspect, source="cd" * 32, generation=1)
+    assert found is not None
+    assert (found.source, found.covers, found.generation, found.key) == ("cd" * 32, (), 1, record_key(("a", 3, 0), 1))
+
+
+def test_all_objects_of_a_record_are_published(fence: Fence) -> None:
+    objects = {f"activations.zarr/{name}/c/3": name.encode() for name in ("role", "status")}
+    record = commit(fence, ("coordinates", 3, 0), objects, rows=ROWS, dropped={})
+    assert record.objects == tuple(describe(key, data) for key, data in objects.items())
+    assert {key: fence.folder.get(key) for key in objects} == objects
+
+
 def test_nothing_to_adopt(fence: Fence) -> None:
     assert adopt(fence, SLOT, KEY, rows=ROWS, inspect=inspect) is None
 
@@ -145,6 +168,115 @@ def test_highest_generation_counts(fence: Fence) -> None:
     assert committed_slots(fence.folder) == {SLOT: 1}
     assert read_records(fence.folder, SLOT[0]) == {SLOT: repaired}
     assert fence.folder.exists(record_key(SLOT, 0))
+
+
+def test_a_generation_above_the_first_replaces_without_inspection(fence: Fence) -> None:
+    """A repair makes again what was found wrong, however whole it looks."""
+    commit(fence, SLOT, {KEY: whole(b"wrong")}, rows=ROWS, dropped={}, inspect=inspect)
+    repaired = commit(fence, SLOT, {KEY: whole(b"right")}, rows=ROWS, dropped={}, generation=1, inspect=inspect)
+    assert not repaired.adopted
+    assert fence.folder.get(KEY) == whole(b"right")
+    assert read_object(fence.folder, repaired.objects[0]) == whole(b"right")
+    assert read_records(fence.folder, SLOT[0]) == {SLOT: repaired}
+
+
+def test_an_object_that_is_not_its_record_is_refused(fence: Fence) -> None:
+    [stored] = commit(fence, SLOT, {KEY: b"data"}, rows=ROWS, dropped={}).objects
+    assert read_object(fence.folder, stored) == b"data"
+    fence.folder.replace(KEY, b"dada")
+    with pytest.raises(IntegrityError, match=rf"^{fence.folder.url}/{KEY}: 4 bytes that differ from their record\.$"):
+        read_object(fence.folder, stored)
+    fence.folder.delete(KEY)
+    with pytest.raises(IntegrityError, match=rf"^{fence.folder.url}/{KEY}: is recorded, but missing\.$"):
+        read_object(fence.folder, stored)
+
+
+def test_publish_replaces_only_what_it_saw(fence: Fence) -> None:
+    assert publish(fence, KEY, b"new") == (b"new", None)
+    assert publish(fence, KEY, b"new") == (b"new", None)
+    assert publish(fence, KEY, b"newer") == (b"newer", None)
+    found = whole(b"found")
+    fence.folder.replace(KEY, found)
+    assert publish(fence, KEY, whole(b"mine"), inspect) == (found, {13: "found dropped"})
+    assert fence.folder.get(KEY) == found
+
+
+class OvertakenFolder(LocalFolder):
+    """A successor publishes between this writer's look at an object and its attempt to replace it."""
+
+    __slots__ = ()
+
+    def compare_and_swap(self, key: str, expected: bytes | None, data: bytes) -> bool:
+        self.replace(key, whole(b"the successor's"))
+        return LocalFolder.compare_and_swap(self, key, expected, data)
+
+
+def test_a_paused_writer_does_not_undo_its_successors_work(fence: Fence) -> None:
+    folder = OvertakenFolder(Path(fence.folder.url))
+    folder.put_new(KEY, b"damaged")
+    data, reasons = publish(Fence(folder, fence.epoch), KEY, whole(b"late"), inspect)
+    assert (data, reasons) == (whole(b"the successor's"), {13: "found dropped"})
+    assert folder.get(KEY) == whole(b"the successor's")
+
+
+def test_records_by_unit_and_by_array(fence: Fence) -> None:
+    for slot in (("a", 1, 0), ("a", 2, 0), ("b", 2, 0), ("a.b", 2, 1)):
+        commit(fence, slot, {}, rows=ROWS, dropped={})
+    assert read_records(fence.folder, "a").keys() == {("a", 1, 0), ("a", 2, 0)}
+    assert read_records(fence.folder, "a", [2]).keys() == {("a", 2, 0)}
+    assert read_records(fence.folder, "a.b").keys() == {("a.b", 2, 1)}
+    assert read_records(fence.folder, "a", iter([1, 2])).keys() == {("a", 1, 0), ("a", 2, 0)}
+
+
+@pytest.mark.parametrize("name", [".nfs000000000123", "coordinates.000.000.json~", "x.json", "a.b.000.json", "README"])
+def test_what_network_storage_leaves_among_records_is_no_record(fence: Fence, name: str) -> None:
+    commit(fence, SLOT, {KEY: b"data"}, rows=ROWS, dropped={})
+    for key in (f"commits/000003/{name}", f"commits/{name}", "commits/notes/resid_post_mean.001.000.json"):
+        file = Path(fence.folder.url) / key
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"not a record")
+    assert committed_slots(fence.folder) == committed_slots(fence.folder, 3) == {SLOT: 0}
+    assert read_records(fence.folder, SLOT[0]).keys() == {SLOT}
+
+
+def test_every_flipped_bit_of_a_record_is_found(fence: Fence) -> None:
+    record = commit(fence, SLOT, {KEY: b"data"}, rows=range(12, 13), dropped={12: "r"})
+    data = record.encode()
+    assert Record.decode(data, "here") == record
+    for bit in range(len(data) * 8):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(IntegrityError, match="^here: "):
+            Record.decode(bytes(damaged), "here")
+
+
+def test_a_damaged_record_is_an_error_and_not_an_absent_one(fence: Fence) -> None:
+    record = commit(fence, SLOT, {KEY: b"data"}, rows=ROWS, dropped={})
+    fence.folder.replace(record.key, record.encode()[:-20])
+    where = f"^{fence.folder.url}/{record.key}: .* don't match their own checksum"
+    for read in (
+        lambda: read_records(fence.folder, SLOT[0]),
+        lambda: read_record(fence.folder, SLOT, 0),
+        lambda: commit(fence, SLOT, {KEY: b"data"}, rows=ROWS, dropped={}),
+    ):
+        with pytest.raises(IntegrityError, match=where):
+            read()
+    assert committed_slots(fence.folder) == {SLOT: 0}
+
+
+def test_a_record_of_another_slot_is_refused(fence: Fence) -> None:
+    record = commit(fence, SLOT, {KEY: b"data"}, rows=ROWS, dropped={})
+    fence.folder.put_new(record_key(("resid_post_mean", 4, 1), 0), record.encode())
+    wrong = record_key(("resid_post_mean", 4, 1), 0)
+    with pytest.raises(IntegrityError, match=rf"^{fence.folder.url}/{wrong}: holds the record {record.key}\.$"):
+        read_records(fence.folder, SLOT[0], [4])
+
+
+@pytest.mark.parametrize("changes", [{"rows": 3}, {"objects": [{}]}, {"dropped": {"x": "r"}}, {"more": 1}])
+def test_a_sealed_document_that_is_no_record_is_refused(fence: Fence, changes: dict[str, object]) -> None:
+    record = commit(fence, SLOT, {}, rows=ROWS, dropped={})
+    with pytest.raises(IntegrityError, match=r"^here: not a record \("):
+        Record.decode(seal({**unseal(record.encode(), ""), **changes}), "here")
 
 
 def test_fenced_out_writer_publishes_nothing(fence: Fence) -> None:
@@ -190,9 +322,12 @@ def test_listing_names_equals_the_records(records: list[tuple[Slot, int]]) -> No
         committed = committed_slots(folder)
         assert committed == {slot: max(g for s, g in records if s == slot) for slot, _ in records}
         for array, unit, _ in committed:
-            for slot, record in read_records(folder, array, unit).items():
+            for slot, record in read_records(folder, array, [unit]).items():
                 assert (record.slot, record.generation) == (slot, committed[slot])
             assert committed_slots(folder, unit) == {s: g for s, g in committed.items() if s[1] == unit}
+            assert read_records(folder, array, [unit, unit, 10**7]).keys() == read_records(folder, array, [unit]).keys()
+        assert read_records(folder, "rollouts", []) == {}
+        assert read_records(folder, "rollouts").keys() == {slot for slot in committed if slot[0] == "rollouts"}
 
 
 def test_kill_9_never_leaves_a_record_without_its_object(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_a_manifest_edited_by_hand_is_detected(folder: LocalFolder) -> None:
     folder.replace(MANIFEST, data.replace(b'"stages": 2', b'"stages": 3'))
     message = (
         f"{folder.path / MANIFEST}: {len(data)} bytes that don't match their own checksum: damaged, or edited by hand. "
-        "`personaspace store repair` mends what can be mended."
+        "`personaspace store verify` shows all damage, `personaspace store repair` mends it."
     )
     with pytest.raises(IntegrityError, match=f"^{re.escape(message)}$"):
         read_manifest(folder)

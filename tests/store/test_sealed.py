@@ -66,7 +66,7 @@ def test_every_cut_is_found() -> None:
 def test_what_is_not_sealed_is_one_clear_error(content: bytes) -> None:
     message = (
         f"runs/demo/run.json: {len(content)} bytes that don't match their own checksum: damaged, or edited by hand. "
-        "`personaspace store repair` mends what can be mended."
+        "`personaspace store verify` shows all damage, `personaspace store repair` mends it."
     )
     with pytest.raises(IntegrityError, match=f"^{re.escape(message)}$") as error:
         unseal(content, "runs/demo/run.json")
