@@ -4,13 +4,11 @@ Legend: U rows of a unit, N rows, S roles of the source, L layers, D hidden.
 """
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -134,30 +132,27 @@ def plan_tiles(source: Path, gigabytes: float) -> Tiles:
 
 
 @contextmanager
-def create_run(folder: LocalFolder, tiles: Tiles, precision: Precision) -> Iterator[tuple[Fence, Manifest]]:
-    """A new run without any data, and the lease to write it."""
+def create_run(folder: LocalFolder, tiles: Tiles, precision: Precision) -> Iterator[Fence]:
+    """A new run without any data, and the lease to write it. What was written is indexed at the end."""
     with acquire(folder, timeout=60, say=print) as lease:
-        yield lease.fence, write_run(lease.fence, None, _manifest(tiles, precision), list(planned_rows(tiles)))
+        manifest = write_run(lease.fence, None, _manifest(tiles, precision), list(planned_rows(tiles)))
+        yield lease.fence
+        write_index(lease.fence, manifest)
 
 
-def write_tiled_run(folder: LocalFolder, tiles: Tiles, precision: Precision) -> None:
-    """A complete run: plan, rollouts, shards, coordinates, all with their records, and the index."""
-    processes = os.cpu_count() or 1
-    with create_run(folder, tiles, precision) as (fence, manifest):
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            shares = [range(first, tiles.layout.units, processes) for first in range(processes)]
-            for done in [pool.submit(_write_units, fence, tiles, precision, share) for share in shares]:
-                done.result()
-        write_index(fence, manifest)
+def write_units(fence: Fence, tiles: Tiles, precision: Precision, threads: int) -> None:
+    """Everything of every unit: rollouts, shards, coordinates, all with their records."""
 
+    def write(units: Iterable[int]) -> None:
+        for unit in units:
+            values_ULD = tiles.unit_ULD(unit)
+            commit_rollouts(fence, tiles, unit)
+            for group in range(tiles.layout.groups):
+                commit_shard(fence, tiles.layout, unit, group, encode_group(values_ULD, tiles.layout, group, precision))
+            commit_coordinates(fence, tiles, unit)
 
-def _write_units(fence: Fence, tiles: Tiles, precision: Precision, units: Iterable[int]) -> None:
-    for unit in units:
-        values_ULD = tiles.unit_ULD(unit)
-        commit_rollouts(fence, tiles, unit)
-        for group in range(tiles.layout.groups):
-            commit_shard(fence, tiles.layout, unit, group, encode_group(values_ULD, tiles.layout, group, precision))
-        commit_coordinates(fence, tiles, unit)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(write, [range(first, tiles.layout.units, threads) for first in range(threads)]))
 
 
 def encode_group(values_ULD: NDArray[np.float32], layout: Layout, group: int, precision: Precision) -> bytes:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import store_peers
+import torch
 from numpy.typing import NDArray
 from store_data import Tiles
 from store_machine import bytes_read, can_drop_caches, drop_caches, isolated, median
@@ -19,14 +20,9 @@ OURS = "ours"
 
 
 def measure_reads(run: str, folder: Path, tiles: Tiles, repeats: int) -> dict[str, Any]:
-    """question -> reader -> seconds and bytes, medians over ``repeats``, with a cold and a warm page cache."""
-    return {
-        question: {
-            reader: isolated(_measure, reader, question, run, folder, tiles, repeats)
-            for reader in (OURS, *store_peers.PEERS)
-        }
-        for question in QUESTIONS
-    }
+    """Reader -> question -> seconds and bytes, medians over ``repeats``, with a cold and a warm page cache."""
+    readers = (OURS, *store_peers.PEERS)
+    return {reader: isolated(_measure, reader, run, folder, tiles, repeats) for reader in readers}
 
 
 def random_rows(tiles: Tiles) -> NDArray[np.intp]:
@@ -34,28 +30,34 @@ def random_rows(tiles: Tiles) -> NDArray[np.intp]:
     return np.sort(np.random.default_rng(1).choice(tiles.layout.rows, count, replace=False))
 
 
-def _measure(reader: str, question: str, run: str, folder: Path, tiles: Tiles, repeats: int) -> dict[str, float]:
-    read = _reader(reader, question, run, folder, tiles)
-    shape = tuple(read()[1].shape)  # The first call imports what is still missing.
-    figures: dict[str, float] = {"values": float(np.prod(shape))}
-    for cache in ("cold", "warm"):
-        if cache == "cold" and not can_drop_caches():
-            continue
-        took, opening, called, fetched = [], [], [], []
-        for _ in range(repeats):
-            if cache == "cold":
-                drop_caches()
-            before = bytes_read()
-            start = time.perf_counter()
-            opened, _ = read()
-            took.append(time.perf_counter() - start)
-            opening.append(opened - start)
-            after = bytes_read()
-            called.append(after[0] - before[0])
-            fetched.append(after[1] - before[1])
-        figures |= {f"{cache}_s": median(took), f"{cache}_open_s": median(opening)}
-        figures |= {f"{cache}_read_bytes": median(called), f"{cache}_storage_bytes": median(fetched)}
+def _measure(reader: str, run: str, folder: Path, tiles: Tiles, repeats: int) -> dict[str, dict[str, float]]:
+    figures: dict[str, dict[str, float]] = {}
+    for question in QUESTIONS:
+        read = _reader(reader, question, run, folder, tiles)
+        values = read()[1]  # The first call imports what is still missing.
+        figures[question] = {"values": float(np.prod(values.shape)), "sum": float(values.sum(dtype=_wide(values)))}
+        for cache in ("cold", "warm") if can_drop_caches() else ("warm",):
+            figures[question] |= _repeat(read, cache, repeats)
     return figures
+
+
+def _repeat(read: Callable[[], tuple[float, Any]], cache: str, repeats: int) -> dict[str, float]:
+    taken: dict[str, list[float]] = {"s": [], "open_s": [], "read_bytes": [], "storage_bytes": []}
+    for _ in range(repeats):
+        if cache == "cold":
+            drop_caches()
+        before = bytes_read()
+        start = time.perf_counter()
+        opened, _ = read()
+        taken["s"].append(time.perf_counter() - start)
+        taken["open_s"].append(opened - start)
+        for name, now, then in zip(("read_bytes", "storage_bytes"), bytes_read(), before, strict=True):
+            taken[name].append(now - then)
+    return {f"{cache}_{name}": median(values) for name, values in taken.items()}
+
+
+def _wide(values: Any) -> Any:
+    return np.float64 if isinstance(values, np.ndarray) else torch.float64
 
 
 def _reader(reader: str, question: str, run: str, folder: Path, tiles: Tiles) -> Callable[[], tuple[float, Any]]:

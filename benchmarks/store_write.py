@@ -57,7 +57,7 @@ def _write(folder: Path, tiles: Tiles, precision: Precision, units: range, threa
     shares = []
     for first, count in zip(np.cumsum([0, *threads[:-1]]).tolist(), threads, strict=True):
         shares.append([units[thread::total] for thread in range(first, first + count)])
-    with create_run(LocalFolder(folder), tiles, precision) as (fence, _):
+    with create_run(LocalFolder(folder), tiles, precision) as fence:
         for pool, share in zip(pools, shares, strict=True):
             pool.submit(_prepare, tiles, precision, [unit for part in share for unit in part]).result()
         os.sync()

@@ -12,6 +12,7 @@ from personaspace.analysis.publish import publish_report
 from personaspace.cluster.extraction import check_stages, extract
 from personaspace.cluster.generation import generate
 from personaspace.cluster.job import Job, prepare
+from personaspace.cluster.nodes import check_nodes
 from personaspace.cluster.progress import ProgressDisplay
 from personaspace.cluster.repair import adopt_whole, slots_to_redo
 from personaspace.cluster.session import check_shared_paths, hold_run, orderly_end, ray_cluster
@@ -31,6 +32,7 @@ def carry_out(config: RunConfig, steps: Sequence[str]) -> None:
                 display = stack.enter_context(ProgressDisplay())
                 fence = stack.enter_context(hold_run(job, say=print))
                 stack.enter_context(ray_cluster(config.cluster))
+                check_nodes(job.folder)
                 if "generate" in steps or config.generate.responses is not None:
                     generate(job, fence, config.cluster, display.report)
                 if "extract" in steps:
@@ -62,6 +64,7 @@ def compute_again(folder: Folder, found: Verification, flags: Sequence[str]) -> 
             redo = {slot: number for slot, number in slots_to_redo(job, found.harmful).items() if slot not in adopted}
             if redo:
                 stack.enter_context(ray_cluster(config.cluster))
+                check_nodes(job.folder)
                 job = replace(job, redo=redo)
                 generate(job, fence, config.cluster, display.report)
                 extract(job, fence, config.cluster, display.report)

@@ -86,5 +86,6 @@ def chunk_slot(key: str) -> Slot | None:
 
 
 def digest(committed: Mapping[Slot, int]) -> str:
-    """Hash of what is committed."""
-    return hashlib.sha256(repr(sorted(committed.items())).encode()).hexdigest()
+    """Hash of what is committed: SHA-256 over a line `array unit group generation` for each slot, in their order."""
+    lines = (f"{array} {unit} {group} {number}\n" for (array, unit, group), number in sorted(committed.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -1,16 +1,19 @@
 """Which objects may lie in a run folder: what each key means, without reading anything."""
 
 import re
+from collections.abc import Callable
+from functools import partial
 
 from personaspace.store.catalog import REPORT
 from personaspace.store.commit import COORDINATES_RECORD, ROLLOUTS, Slot
 from personaspace.store.committed import chunk_slot
 from personaspace.store.index import INDEX, TABLE
-from personaspace.store.layout import ZARR_GROUP
+from personaspace.store.layout import ZARR_GROUP, coordinate_key, rollouts_key, shard_key
 from personaspace.store.lease import LEASE
 from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, Manifest
 from personaspace.store.objects import LOCK
-from personaspace.store.schema import SPANS
+from personaspace.store.rollouts import decode_rollouts
+from personaspace.store.schema import COORDINATES, SPANS, decode_coordinate, decode_shard
 from personaspace.store.scores import SCORES
 from personaspace.store.space import LATEST
 
@@ -32,6 +35,23 @@ def orphan_slot(key: str, manifest: Manifest) -> Slot | None:
         return None
     known = array in (ROLLOUTS, COORDINATES_RECORD, f"{SPANS}.{COORDINATES_RECORD}") or array in arrays
     return slot if known or array.startswith(f"{SCORES}.") else None
+
+
+def decoders(slot: Slot, manifest: Manifest) -> dict[str, Callable[[bytes], object]]:
+    """Key -> what decodes it, or raises IntegrityError, for the objects of a slot whose record can't be asked."""
+    array, unit, group = slot
+    layout = manifest.layout
+    if array == ROLLOUTS:
+        return {rollouts_key(unit): decode_rollouts}
+    if array == COORDINATES_RECORD:
+        return {
+            coordinate_key(name, unit): partial(decode_coordinate, layout=layout, name=name) for name in COORDINATES
+        }
+    return {
+        shard_key(spec.path, unit, group): partial(decode_shard, layout=layout, layers=len(layout.group_layers(group)))
+        for spec in manifest.arrays
+        if spec.record == array and not spec.spans
+    }
 
 
 def _slot(key: str) -> Slot | None:

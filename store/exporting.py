@@ -51,7 +51,7 @@ def export(
     if format not in EXPORTS:
         raise InputError(f"export: {format!r} is not a format; choose one of {', '.join(EXPORTS)}.")
     manifest = require_manifest(folder)
-    _refuse_bad_place(destination)
+    refuse_bad_place(destination)
     if format in ("assistant-axis", "dataset"):
         part = choose_rollouts(folder, roles=roles, sample=sample, scores=scores, say=say)
         directions = None
@@ -138,8 +138,8 @@ def directions_of(folder: Folder, *, roles: Sequence[str] = (), layers: Sequence
     )
 
 
-def _refuse_bad_place(destination: Path) -> None:
-    """An export inside a run, or in its place, would be foreign to it, or damage it."""
+def refuse_bad_place(destination: Path) -> None:
+    """Raise InputError for an export inside a run, or in its place: it would be foreign to it, or damage it."""
     place = destination.absolute()
     for folder in (place, *place.parents):
         if (folder / MANIFEST).exists():
@@ -150,7 +150,8 @@ def _refuse_bad_place(destination: Path) -> None:
 
 def _card(manifest: Manifest, license: str) -> DatasetCard:  # noqa: A002
     model = manifest.identity["model"]
-    revision = f" at {model['revision']}" if model["revision"] else ""
+    known = model["revision"] and not model.get("imported")
+    revision = f" at {model['revision']}" if known else ""
     return DatasetCard(
         pretty_name=f"Personas of {str(model['name']).rstrip('/').rpartition('/')[2]}",
         license=license,

@@ -118,6 +118,11 @@ def write_assistant_axis(
     from personaspace.store.formats.torch_files import write_activations
 
     stored = _stored_layers(part, layers)
+    if directions is not None and list(directions.layers) != stored:
+        raise InputError(
+            f"{part.folder.url}: activations are stored of layers {_ranges(stored)}, and the fit is of "
+            f"{_ranges(directions.layers)}. Fit again, or choose layers that both have."
+        )
     keys = {role: _keys(part, role) for role in part.rows}
     with replacing_parts(destination, PARTS, overwrite=overwrite) as temporary:
         for number, role in enumerate(part.rows, start=1):

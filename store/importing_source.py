@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from personaspace.store.commit import READ_THREADS
@@ -70,6 +70,7 @@ def read_source(folder: Path, say: Callable[[str], None]) -> Source:
     questions: dict[int, str] = {}
     roles: list[SourceRole] = []
     drafts: list[PlannedRow] = []
+    seen: dict[str, str] = {}
     shape: tuple[int, int] | None = None
     say(f"{folder}: looking through {len(pairs)} roles")
     for role_id, (role, texts, tensors) in enumerate(pairs):
@@ -78,6 +79,10 @@ def read_source(folder: Path, say: Callable[[str], None]) -> Source:
         shape = _check_shapes(entry, shape)
         roles.append(entry)
         places = {index: place for place, index in enumerate(entry.prompts)}
+        for response in responses:
+            before = seen.setdefault(imported_id(response), response.where)
+            if before != response.where:
+                raise InputError(f"{response.where}: the same response as {before}; remove one of the two.")
         drafts += [
             PlannedRow(
                 row=row,
@@ -94,7 +99,7 @@ def read_source(folder: Path, say: Callable[[str], None]) -> Source:
     return Source(
         roles=tuple(roles),
         questions={index: questions[index] for index in order},
-        rows=tuple(_placed(row, order[row.question]) for row in drafts),
+        rows=tuple(replace(row, question=order[row.question]) for row in drafts),
         layers=shape[0],
         hidden=shape[1],
         digest=_digest([file for _, *files in pairs for file in files]),
@@ -146,9 +151,7 @@ def _role(
         rows[response_key(response.label, response.prompt, response.question)] = row
     if not rows:
         raise InputError(f"{texts}: holds no responses; remove it, and its activations.")
-    return SourceRole(
-        id=role, responses=texts, activations=tensors, prompts=dict(sorted(prompts.items())), rows=rows
-    )
+    return SourceRole(id=role, responses=texts, activations=tensors, prompts=dict(sorted(prompts.items())), rows=rows)
 
 
 def _system(response: Response) -> str:
@@ -173,17 +176,6 @@ def _check_shapes(role: SourceRole, shape: tuple[int, int] | None) -> tuple[int,
             f"{role.activations}: its tensors are {own}, those of other roles {shape}; all must be of one model."
         )
     return own
-
-
-def _placed(row: PlannedRow, question: int) -> PlannedRow:
-    return PlannedRow(
-        row=row.row,
-        rollout_id=row.rollout_id,
-        role_id=row.role_id,
-        prompt=row.prompt,
-        question=question,
-        sample=row.sample,
-    )
 
 
 def _digest(files: Sequence[Path]) -> str:

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -95,7 +96,9 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._renew(released=True)
+        # If the storage is away just now, the next driver finds this one gone, or silent.
+        with suppress(StorageError, LeaseError):
+            self._renew(released=True)
 
     def _beat(self, interval: float) -> None:
         while not self._stop.wait(interval):

@@ -19,7 +19,7 @@ from personaspace.store.commit import (
     record_key,
 )
 from personaspace.store.errors import IntegrityError, LeaseError
-from personaspace.store.expected import KNOWN, orphan_slot
+from personaspace.store.expected import KNOWN, decoders, orphan_slot
 from personaspace.store.index import INDEX, TABLE, is_whole
 from personaspace.store.lease import LEASE, read_holder
 from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, Manifest, read_manifest, require_manifest
@@ -134,6 +134,7 @@ def verify(
     copies = [StoredObject(key=copy_key(plan.key), bytes=plan.bytes, sha256=plan.sha256) for plan in manifest.plan]
     check.compare((stored, None, 0) for stored in copies)
     check.compare((entry, slot, record.generation) for slot, record in records.items() for entry in record.objects)
+    _unrecorded(check, manifest)
     _relations(check, records)
     _derived(check, entries)
     _unexpected(check, manifest, entries, records, writing)
@@ -212,6 +213,19 @@ def _records(check: _Check) -> dict[Slot, Record]:
             elif generation == newest[slot]:
                 records[slot] = record
     return records
+
+
+def _unrecorded(check: _Check, manifest: Manifest) -> None:
+    """Objects whose record is damaged must at least decode: their chunks and pages have checksums of their own."""
+    damaged = {p.slot: p.generation for p in check.problems if p.record_only and p.slot is not None}
+    for slot, generation in damaged.items():
+        for key, decode in decoders(slot, manifest).items():
+            try:
+                decode(check.folder.get(key))
+            except FileNotFoundError:
+                check.add("missing", key, "is not there, and its record is damaged", slot, generation)
+            except IntegrityError:
+                check.add("damaged", key, "does not decode, and its record is damaged", slot, generation)
 
 
 def _relations(check: _Check, records: Mapping[Slot, Record]) -> None:

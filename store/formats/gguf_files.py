@@ -30,6 +30,7 @@ from personaspace.store.formats.directions import Directions, check_array
 from personaspace.store.formats.files import replacing, require_file
 
 ARCHITECTURE = "controlvector"
+AXIS_MEANING = "towards the Assistant: mean(default) - mean(roles)"
 _TENSOR = re.compile(r"direction\.(0|[1-9][0-9]{0,5})")
 _MOST_PARTS = 100_000  # of the header; real files have hundreds
 
@@ -59,7 +60,7 @@ def write_control_vector(
     """
     gguf = _import_gguf(file)
     if role is None:
-        vector_LD, meaning = directions.axis_LD, "towards the Assistant: mean(default) - mean(roles)"
+        vector_LD, meaning = directions.axis_LD, AXIS_MEANING
     else:
         role_LD, default_LD = directions.role_LD(role), directions.default_LD
         vector_LD = None if default_LD is None else role_LD - default_LD

@@ -28,7 +28,7 @@ BUCKET = "personaspace"
 ROOT = Path(__file__).parents[2]
 PROCESSES = multiprocessing.get_context("forkserver")
 """Not forked from here: a fork has the threads of obstore's runtime on paper only."""
-PROCESSES.set_forkserver_preload(["tests.store.small_runs", "tests.store.storages"])
+PROCESSES.set_forkserver_preload(["dask.array", "distributed", "pyarrow.dataset", "tests.store.observer"])
 
 
 class S3Server:
@@ -159,7 +159,7 @@ def in_processes(task: Callable[..., Any], count: int, *arguments: Any) -> list[
 def _answer(
     environment: Mapping[str, str], barrier: Any, answers: Any, task: Callable[..., Any], index: int, arguments: Any
 ) -> None:
-    os.environ.update(environment)
+    settle(environment)
     barrier.wait(30)
     try:
         answers.put((index, task(index, *arguments)))
@@ -180,8 +180,15 @@ def background(task: Callable[..., None], *arguments: Any) -> Iterator[Any]:
 
 
 def _run(environment: Mapping[str, str], task: Callable[..., None], arguments: Any) -> None:
-    os.environ.update(environment)
+    settle(environment)
     task(*arguments)
+
+
+def settle(environment: Mapping[str, str]) -> None:
+    """Begin a child of the fork server, which knows nothing of what a test has set since it started."""
+    os.environ.update(environment)
+    # The locks that numcodecs makes have names otherwise, which a killed process leaves behind.
+    multiprocessing.set_start_method("fork", force=True)
 
 
 def in_threads(task: Callable[[int], Any], count: int) -> list[Any]:

@@ -246,7 +246,7 @@ def test_every_flipped_bit_of_a_record_is_found(fence: Fence) -> None:
     for bit in range(len(data) * 8):
         damaged = bytearray(data)
         damaged[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(IntegrityError, match="^here: "):
+        with pytest.raises(IntegrityError, match=r"^here: "):
             Record.decode(bytes(damaged), "here")
 
 

@@ -239,10 +239,13 @@ def test_mending_takes_no_lease_from_a_live_driver(folder: LocalFolder, driver: 
 
 
 def test_damaged_lease_stops_the_heartbeat_and_is_not_overwritten(folder: LocalFolder) -> None:
-    with pytest.raises(LeaseError, match="don't match their own checksum"), acquire(folder, timeout=1, say=pytest.fail):
-        folder.replace(LEASE, b"damaged")
-        time.sleep(0.5)
-        assert not any(thread.name == "lease-heartbeat" for thread in threading.enumerate())
+    lease = acquire(folder, timeout=1, say=pytest.fail)
+    lease.__enter__()
+    folder.replace(LEASE, b"damaged")
+    time.sleep(0.5)
+    assert not any(thread.name == "lease-heartbeat" for thread in threading.enumerate())
+    with pytest.raises(LeaseError, match="don't match their own checksum"):
+        lease.__exit__()
     assert folder.get(LEASE) == b"damaged"
 
 
