@@ -1,7 +1,7 @@
 """Size, error, speed and memory of the store, next to what else one could keep activations in.
 
     python benchmarks/store.py --folder /scratch              # tiles runs/demo (make demo) up to 4 GB
-    python benchmarks/store.py --quick --json out.json        # 0.2 GB; figures are rough
+    python benchmarks/store.py --quick --json out.json        # 0.1 GB; figures are rough
     python benchmarks/store.py --run s3://bucket/runs/big     # any other complete run as the source
 
 The values are a real run's: every tile is a role's mean plus deviations of rows drawn anew and relative noise of
@@ -51,7 +51,7 @@ def measure(run: str, folder: Path, gigabytes: float, quick: bool) -> dict[str, 
     say("writing ...")
     writes = measure_writes(folder, tiles, PRECISION, SAMPLE_BYTES, 1 if quick else 3)
     say("memory ...")
-    memory = measure_memory(folder, tiles, PRECISION, gigabytes)
+    memory = measure_memory(folder, tiles, PRECISION, gigabytes, quick)
     say("peers ...")
     peer_bytes = {peer: isolated(store_peers.write_peer, peer, folder, tiles) for peer in store_peers.PEERS}
     say("reading ...")
@@ -153,17 +153,18 @@ def show(figures: Mapping[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", default="runs/demo", help="folder or URL of the run that is tiled")
-    parser.add_argument("--gigabytes", type=float, default=4, help="float32 bytes of the tiled run, at least")
+    parser.add_argument("--gigabytes", type=float, help="float32 bytes of the tiled run, at least (4; quick: 0.1)")
     parser.add_argument("--folder", type=Path, help="scratch folder; default: the system's")
-    parser.add_argument("--quick", action="store_true", help="0.2 GB, each figure measured once")
+    parser.add_argument("--quick", action="store_true", help="each figure measured once")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
 
+    gigabytes = arguments.gigabytes or (0.1 if arguments.quick else 4)
     if arguments.folder:
         arguments.folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="personaspace-benchmark-", dir=arguments.folder))
     try:
-        figures = measure(arguments.run, scratch, 0.2 if arguments.quick else arguments.gigabytes, arguments.quick)
+        figures = measure(arguments.run, scratch, gigabytes, arguments.quick)
     finally:
         shutil.rmtree(scratch)
     show(figures)

@@ -17,22 +17,22 @@ from personaspace.store.lease import Fence
 from personaspace.store.local import LocalFolder
 from personaspace.store.schema import RESID_POST_MEAN
 
-THREADS = (1, 2)
 WIDE_LAYERS, WIDE_HIDDEN, WIDE_ROWS = 8, 8192, 128
 
 
-def measure_memory(folder: Path, tiles: Tiles, precision: Precision, gigabytes: float) -> dict[str, Any]:
-    """Peaks for a quarter of the run, for the run, which stays at ``folder / "run"``, and for shards of 31 MB."""
-    runs = {
-        "small": (folder / "small", plan_tiles(tiles.source, gigabytes / 4)),
-        "wide": (folder / "wide", widen(tiles, folder / "wide_source", gigabytes / 4)),
-        "large": (folder / "run", tiles),
-    }
+def measure_memory(
+    folder: Path, tiles: Tiles, precision: Precision, gigabytes: float, quick: bool
+) -> dict[str, dict[str, Any]]:
+    """Peaks for a quarter of the run, for shards of 31 MB, and for the run, which stays at ``folder / "run"``."""
+    runs = {"small": (folder / "small", plan_tiles(tiles.source, gigabytes / 4)), "large": (folder / "run", tiles)}
+    if not quick:
+        runs["wide"] = (folder / "wide", widen(tiles, folder / "wide_source", gigabytes / 4))
+    counts = (2,) if quick else (1, 2, 4)
     figures = {}
     for name, (run, sizes) in runs.items():
         layout = sizes.layout
         written = {}
-        for threads in THREADS:
+        for threads in counts:
             shutil.rmtree(run, ignore_errors=True)
             written[_threads(threads)] = _write_measured(run, sizes, precision, threads)
         figures[name] = {
@@ -44,7 +44,7 @@ def measure_memory(folder: Path, tiles: Tiles, precision: Precision, gigabytes: 
                 **{
                     f"{what}, {_threads(threads)}": isolated(_read, str(run), what, threads)
                     for what in ("one layer", "all layers")
-                    for threads in THREADS
+                    for threads in counts
                 },
             },
         }

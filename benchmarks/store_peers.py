@@ -80,7 +80,7 @@ def read_role(peer: str, folder: Path, tiles: Tiles, role: int) -> Any:
         rows = torch.load(target / f"{tiles.name(role)}.pt", map_location="cpu", weights_only=True)
         return torch.stack(list(rows.values()))
     with safe_open(target / f"{tiles.name(role)}.safetensors", "pt") as file:
-        return file.get_tensor("activations")
+        return file.get_tensor("activations").clone()  # Mapped until then, not read.
 
 
 def read_rows(peer: str, folder: Path, tiles: Tiles, layer: int, rows: NDArray[np.intp]) -> Any:

@@ -22,7 +22,15 @@ OURS = "ours"
 def measure_reads(run: str, folder: Path, tiles: Tiles, repeats: int) -> dict[str, Any]:
     """Reader -> question -> seconds and bytes, medians over ``repeats``, with a cold and a warm page cache."""
     readers = (OURS, *store_peers.PEERS)
-    return {reader: isolated(_measure, reader, run, folder, tiles, repeats) for reader in readers}
+    figures = {reader: isolated(_measure, reader, run, folder, tiles, repeats) for reader in readers}
+    for question in QUESTIONS:
+        found = {
+            reader: (by_question[question]["values"], by_question[question]["sum"])
+            for reader, by_question in figures.items()
+        }
+        if not all(np.allclose(one, found[OURS], rtol=1e-2) for one in found.values()):
+            raise SystemExit(f"{question}: the readers found other values (how many, sum of magnitudes): {found}")
+    return figures
 
 
 def random_rows(tiles: Tiles) -> NDArray[np.intp]:
@@ -35,7 +43,7 @@ def _measure(reader: str, run: str, folder: Path, tiles: Tiles, repeats: int) ->
     for question in QUESTIONS:
         read = _reader(reader, question, run, folder, tiles)
         values = read()[1]  # The first call imports what is still missing.
-        figures[question] = {"values": float(np.prod(values.shape)), "sum": float(values.sum(dtype=_wide(values)))}
+        figures[question] = {"values": float(np.prod(values.shape)), "sum": float(abs(values).sum(dtype=_wide(values)))}
         for cache in ("cold", "warm") if can_drop_caches() else ("warm",):
             figures[question] |= _repeat(read, cache, repeats)
     return figures

@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from personaspace.store.catalog import DamagedRun, RunSummary, describe, human_bytes, runs, summarize
-from personaspace.store.copying import copy_run
-from personaspace.store.creation import refuse_foreign
+from personaspace.store.copying import copy_run, refuse_foreign_copy
 from personaspace.store.errors import InputError, IntegrityError, PersonaspaceError
 from personaspace.store.freeze import freeze_run
 from personaspace.store.index import write_index
@@ -235,6 +234,7 @@ def _cp(parsed: argparse.Namespace, _: Sequence[str]) -> int:
         raise InputError(f"{source.url}: source and target are the same.")
     existing = read_manifest(target)
     refuse_frozen(target, existing)
+    refuse_foreign_copy(target)
     with _lease(target, max(manifest.last_epoch, 0 if existing is None else existing.last_epoch)) as fence:
         with _progress("cp") as progress:
             size = copy_run(source, fence, lambda done, total, size: progress(f"{done}/{total}, {human_bytes(size)}"))
@@ -299,8 +299,6 @@ def _confirmed(parsed: argparse.Namespace, question: str) -> bool:
 @contextmanager
 def _lease(folder: Folder, after_epoch: int, *, mending: bool = False) -> Iterator[Fence]:
     """Hold the run's lease, so that no driver writes meanwhile."""
-    if not mending:
-        refuse_foreign(folder)
     with acquire(folder, timeout=LEASE_TIMEOUT, say=print, after_epoch=after_epoch, mend=mending) as lease:
         yield lease.fence
 

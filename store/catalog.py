@@ -11,6 +11,7 @@ from personaspace.store.commit import ROLLOUTS, parse_record_key
 from personaspace.store.errors import IntegrityError, LeaseError
 from personaspace.store.index import read_index
 from personaspace.store.lease import Holder, read_holder
+from personaspace.store.location import is_run_name
 from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, Manifest, require_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.schema import STATUS
@@ -67,7 +68,7 @@ class DamagedRun:
 
 def runs(root: Folder) -> Iterator[RunSummary | DamagedRun]:
     """All runs directly inside ``root``, by name."""
-    for name in root.children():
+    for name in filter(is_run_name, root.children()):
         folder = root.child(name)
         if not folder.exists(MANIFEST) and not folder.exists(MANIFEST_COPY):
             continue

@@ -14,13 +14,17 @@ from personaspace.store.commit import (
     read_object,
     read_slots,
 )
+from personaspace.store.creation import refuse_foreign
 from personaspace.store.errors import InputError
 from personaspace.store.lease import Fence
-from personaspace.store.manifest import read_manifest, require_manifest, write_manifest
+from personaspace.store.manifest import Manifest, read_manifest, require_manifest, write_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.plan import copy_key
+from personaspace.store.sealed import seal, unseal
 from personaspace.store.space import copy_space
 
+COPYING = "copying.json"
+"""In the target until the copy is whole: which run is being copied."""
 WINDOW = 64
 """Objects on their way at a time: bounds the memory to so many shards."""
 
@@ -36,8 +40,7 @@ def copy_run(source: Folder, fence: Fence, progress: Callable[[int, int, int], N
     manifest = require_manifest(source)
     target = fence.folder
     existing = read_manifest(target)
-    if existing is not None and existing.identity_hash != manifest.identity_hash:
-        raise InputError(f"{target.url}: holds another run (identity {existing.identity_hash}); choose another place.")
+    _begin(fence, manifest, existing)
     slots = committed_slots(source)
     records = read_slots(source, slots).values()
     copies = [replace(stored, key=copy_key(stored.key)) for stored in manifest.plan]
@@ -65,4 +68,24 @@ def copy_run(source: Folder, fence: Fence, progress: Callable[[int, int, int], N
     if source.exists(REPORT):
         target.replace(REPORT, source.get(REPORT))
     write_manifest(fence, existing, replace(manifest, frozen=None))
+    target.delete(COPYING)
     return total
+
+
+def refuse_foreign_copy(target: Folder) -> None:
+    """Raise InputError if the target holds neither a run, nor an interrupted copy, nor nothing."""
+    begun = ("rollouts", "scores", "commits", "space", COPYING) if target.exists(COPYING) else ()
+    refuse_foreign(target, begun)
+
+
+def _begin(fence: Fence, manifest: Manifest, existing: Manifest | None) -> None:
+    """Mark the target. Raises InputError if it holds another run, or the beginning of another one's copy."""
+    # The first segment's plan tells runs apart that share their settings.
+    origin = {"identity_hash": manifest.identity_hash, "plan": manifest.plan[0].sha256}
+    if existing is not None and origin != {"identity_hash": existing.identity_hash, "plan": existing.plan[0].sha256}:
+        raise InputError(f"{fence.folder.url}: holds another run (identity {existing.identity_hash}). Nothing changed.")
+    fence.check()
+    if not fence.folder.put_new(COPYING, seal(origin)):
+        begun = unseal(fence.folder.get(COPYING), f"{fence.folder.url}/{COPYING}")
+        if begun != origin:
+            raise InputError(f"{fence.folder.url}: holds the beginning of another run's copy; choose another place.")

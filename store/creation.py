@@ -4,7 +4,7 @@ A crash before that leaves a run as it was: readers and writers follow the manif
 it is written again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from personaspace.store.commit import describe, publish
@@ -17,14 +17,17 @@ from personaspace.store.plan import PlannedRow, copy_key, encode_plan, plan_key
 from personaspace.store.schema import group_objects
 
 
-def refuse_foreign(folder: Folder) -> None:
-    """Raise InputError if the folder holds no run, but things that no driver leaves behind."""
+def refuse_foreign(folder: Folder, also: Collection[str] = ()) -> None:
+    """Raise InputError if the folder holds no run, but things that no driver leaves behind, nor are in ``also``."""
     if folder.exists(MANIFEST):
         return
-    ours = {LEASE, LOCK, SCRATCH, ZARR_GROUP, "plan"}
+    ours = {LEASE, LOCK, SCRATCH, ZARR_GROUP, "plan", *also}
     foreign = sorted({entry.key.split("/")[0] for entry in folder.list()} - ours)
     if foreign:
-        raise InputError(f"{folder.url}: holds {foreign}, but no run.json; choose an empty place for the run.")
+        raise InputError(
+            f"{folder.url}: holds {foreign}, but no run.json; choose an empty place for the run. (After an interrupted "
+            "`personaspace store cp`, repeat that command.)"
+        )
 
 
 def write_run(fence: Fence, before: Manifest | None, after: Manifest, rows: Sequence[PlannedRow]) -> Manifest:

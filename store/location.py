@@ -32,8 +32,13 @@ def run_folder(root: str, run: str) -> Folder:
     return open_folder(root).child(check_run_name(run))
 
 
+def is_run_name(name: str) -> bool:
+    """Whether a folder of this name can be a run."""
+    return _RUN.fullmatch(name) is not None
+
+
 def check_run_name(run: str) -> str:
     """The name. Raises InputError for one that could leave the store."""
-    if not _RUN.fullmatch(run):
+    if not is_run_name(run):
         raise InputError(f"store.run: {run!r} is no run name; use letters, digits, '.', '_' and '-'.")
     return run

@@ -18,6 +18,7 @@ from personaspace.store.commit import (
     read_record,
     record_key,
 )
+from personaspace.store.copying import COPYING
 from personaspace.store.errors import IntegrityError, LeaseError
 from personaspace.store.expected import KNOWN, decoders, orphan_slot
 from personaspace.store.index import INDEX, TABLE, is_whole
@@ -286,6 +287,8 @@ def _unexpected(
                 check.add("leftover", key, "an unfinished file of a writer that is gone")
         elif key.startswith(f"{SPACE}/"):
             check.add("leftover", key, "belongs to no current fit")
+        elif key == COPYING:
+            check.add("leftover", key, "of a copy that was interrupted at its very end")
         elif key.startswith("plan/"):
             check.add("leftover", key, "of a growth that was never finished")
         else:

@@ -79,4 +79,5 @@ def _vector(entry: Any, where: str) -> CapVector:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    # JSON knows whole numbers beyond any float.
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**64)

@@ -144,7 +144,7 @@ class Laboratory:
         folder = LocalFolder(path)
         slots = committed_slots(folder)
         before = {slot: folder.get(record_key(slot, generation)) for slot, generation in slots.items()}
-        shards_before = set(folder.list(f"{ZARR_GROUP}/{RESID_POST_MEAN}/c"))
+        shards_before = {entry.key for entry in folder.list(f"{ZARR_GROUP}/{RESID_POST_MEAN}/c")}
         shards = [slot for slot in before if slot[0] == RESID_POST_MEAN]
         recorded = {shard_key(*slot) for slot in shards}
         self._finish("extract", run)

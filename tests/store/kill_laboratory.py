@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from personaspace.store.commit import ROLLOUTS, committed_slots, describe, read_slots, record_key
+from personaspace.store.index import INDEX
 from personaspace.store.layout import ZARR_GROUP, Layout
 from personaspace.store.lease import LEASE, acquire
 from personaspace.store.local import LocalFolder
@@ -22,7 +23,7 @@ from personaspace.store.objects import SCRATCH, Folder
 from personaspace.store.removal import collect_garbage, garbage
 from personaspace.store.schema import RESID_POST_MEAN
 from personaspace.store.verify import verify
-from tests.store.kill_run import DRIVER, Crash, drive
+from tests.store.kill_run import DRIVER, Crash, drive, records_of
 from tests.store.observer import Observer
 from tests.store.storages import PROCESSES, contents, fresh_s3, settle
 
@@ -48,7 +49,7 @@ class Trial:
     records: int
     """Records when all were dead, after the first kill."""
     orphans: int
-    """Objects without a record then."""
+    """Objects without a record after the last kill; a unit's coordinates are seven."""
     leftovers: int
     """Unfinished files then."""
     collected: int
@@ -59,6 +60,8 @@ class Trial:
     """Records whose object was missing or another after a kill: must be 0."""
     unreported: int
     """Orphans and leftovers that `verify` did not name, or that it named wrongly: must be 0."""
+    half_written: int
+    """Second copies of run.json, and indexes, that were half replaced: the resume writes them again."""
     changed: int
     """Records of the killed session that the resume changed: must be 0."""
     different: int
@@ -91,6 +94,7 @@ class Inventory:
     leftovers: set[str]
     torn: int
     unreported: int
+    half_written: int
 
 
 class Laboratory:
@@ -135,12 +139,13 @@ class Laboratory:
             fell=fell,
             kills=kills,
             records=len(first.records),
-            orphans=len(first.orphans),
-            leftovers=len(first.leftovers),
+            orphans=len(inventory.orphans),
+            leftovers=len(inventory.leftovers),
             collected=collected,
             adopted=sum(record.adopted for record in records.values()),
             torn=torn + ended.torn,
             unreported=unreported,
+            half_written=inventory.half_written,
             changed=sum(ended.records.get(key) != data for key, data in known.items()),
             different=sum(lasting.get(key) != self.expected.get(key) for key in {*lasting, *self.expected}),
             problems=len(verify(folder).problems),
@@ -154,10 +159,7 @@ class Laboratory:
 
     def _aim(self, writers: int) -> Crash:
         process = self._chance.randrange(DRIVER, writers)
-        if process == DRIVER:
-            return Crash(process=DRIVER, record=self._chance.randint(1, self.layout.units))
-        records = self.layout.units * (self.layout.groups + 1) // writers
-        return Crash(process=process, record=self._chance.randint(1, max(1, records - 2)))
+        return Crash(process=process, record=self._chance.randint(1, records_of(self.layout, process, writers)))
 
     @contextmanager
     def _driver(self, folder: Folder, writers: int, crash: Crash | None) -> Iterator[tuple[Any, Connection]]:
@@ -257,12 +259,13 @@ def _take_inventory(folder: Folder) -> Inventory:
     }
     orphans = data - recorded.keys() - metadata if manifest else set()
     leftovers = {key for key in entries if key.startswith(f"{SCRATCH}/")}
-    unreported = 0
+    unreported = half_written = 0
     if manifest is not None:
         named = {problem.key: problem.kind for problem in verify(folder).problems}
         # A kill between run.json and its copy, or between the index and its head, leaves these two behind.
         wrong = {**dict.fromkeys(orphans, "orphan"), **dict.fromkeys(leftovers, "leftover")}
-        excused = {MANIFEST_COPY, "index.json"}
+        excused = {MANIFEST_COPY, INDEX}
+        half_written = len(named.keys() & excused)
         unreported = sum(named.get(key) != wrong.get(key) for key in {*named, *wrong} - excused)
     return Inventory(
         records={record_key(*item): folder.get(record_key(*item)) for item in slots.items()},
@@ -270,6 +273,7 @@ def _take_inventory(folder: Folder) -> Inventory:
         leftovers=leftovers,
         torn=torn,
         unreported=unreported,
+        half_written=half_written,
     )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personaspace.store.commit import COORDINATES_RECORD, ROLLOUTS, adopt, commit, committed_slots, describe
-from personaspace.store.creation import write_run
+from personaspace.store.creation import refuse_foreign, write_run
 from personaspace.store.errors import IntegrityError
 from personaspace.store.index import write_index
 from personaspace.store.layout import ZARR_GROUP, Layout, rollouts_key, shard_key
@@ -112,6 +112,7 @@ def drive(folder: Folder, layout: Layout, writers: int, ready: Connection, crash
         process.start()
     ready.send("ready")
     try:
+        refuse_foreign(folder)
         with acquire(_aimed(folder, crash, DRIVER), timeout=60, say=print) as lease:
             fence = lease.fence
             stored = read_manifest(folder)
@@ -158,6 +159,18 @@ def adopt_orphans(fence: Fence, layout: Layout) -> None:
                 adopt(fence, slot, key, rows=rows, inspect=inspect, source=_source(layout, unit))
 
 
+def records_of(layout: Layout, process: int, writers: int) -> int:
+    """How many records a process commits in an undisturbed run."""
+    if process == DRIVER:
+        return layout.units
+    return len(range(process, layout.units, writers)) + layout.units * len(_own_groups(layout, process, writers))
+
+
+def _own_groups(layout: Layout, index: int, writers: int) -> range:
+    bounds = layout.stage_boundaries(writers)
+    return range(bounds[index] // layout.layer_group, -(-bounds[index + 1] // layout.layer_group))
+
+
 def _write(folder: Folder, layout: Layout, index: int, writers: int, begin: Connection) -> None:
     fence = Fence(folder, begin.recv())
     done = committed_slots(folder)
@@ -171,11 +184,9 @@ def _write(folder: Folder, layout: Layout, index: int, writers: int, begin: Conn
                 dropped=reasons(layout, unit),
                 inspect=partial(inspect_rollouts, layout, unit),
             )
-    bounds = layout.stage_boundaries(writers)
-    own = range(bounds[index] // layout.layer_group, -(-bounds[index + 1] // layout.layer_group))
     for unit in range(layout.units):
         _wait_for(folder, (ROLLOUTS, unit, 0))
-        for group in own:
+        for group in _own_groups(layout, index, writers):
             if (RESID_POST_MEAN, unit, group) not in done:
                 commit(
                     fence,

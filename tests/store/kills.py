@@ -25,7 +25,7 @@ from tests.store.kill_laboratory import Laboratory, Trial
 from tests.store.storages import S3Server, s3_environment
 
 COLUMNS = (
-    "records", "orphans", "leftovers", "collected", "adopted",
+    "records", "orphans", "leftovers", "half_written", "collected", "adopted",
     "torn", "unreported", "changed", "different", "problems",
     "looks", "partial",
 )  # fmt: skip

@@ -104,12 +104,12 @@ def test_what_a_judge_said_stays_and_may_be_added_to(own: LocalFolder, tmp_path:
     write_scores(tmp_path, "hacker", {"pos_p1_q0": 0})
     judge(tmp_path, own)
     assert scores_of(own) == [1, *[None] * 8, 0, None, None]
-    before = [entry for entry in own.list("scores")]
+    before = list(own.list("scores"))
     for changed in ({"pos_p0_q0": 2}, {"pos_p0_q0": 1, "pos_p1_q1": 1}):
         write_scores(tmp_path, "default", changed)
         with pytest.raises(InputError, match="'gpt' has scored the rows 0 to 3 already, and otherwise"):
             judge(tmp_path, own)
-    assert [entry for entry in own.list("scores")] == before
+    assert list(own.list("scores")) == before
     judge(tmp_path, own, "gpt-2")
     assert scores_of(own, "gpt-2")[:2] == [1, 1]
 
@@ -148,7 +148,7 @@ def test_several_samples_of_one_prompt_and_question_are_refused(tmp_path: Path) 
 
 
 def test_frozen_runs_and_bad_places_are_refused(own: LocalFolder, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nowhere: is no folder; give one that holds ROLE.json"):
+    with pytest.raises(InputError, match=r"nowhere: is no folder; give one that holds ROLE\.json"):
         judge(tmp_path / "nowhere", own)
     write_scores(tmp_path, "default", {"pos_p0_q0": 1})
     with pytest.raises(InputError, match="'a b'"):

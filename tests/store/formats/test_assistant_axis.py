@@ -14,6 +14,7 @@ from personaspace.store.errors import InputError
 from personaspace.store.formats.assistant_axis import (
     Response,
     iter_responses,
+    question_numbers,
     read_questions,
     read_responses,
     read_roles,
@@ -74,6 +75,20 @@ def test_questions(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         read_questions(file)
     assert str(error.value) == f"{file}:2: has keys ['id', 'text']; expected a text under `question`."
+
+
+@pytest.mark.parametrize(
+    ("ids", "numbers"),
+    [
+        (["aa40", "aa0", "aa7"], [40, 0, 7]),
+        (["q1", "q2"], [0, 1]),
+        (["aa4", "q2"], [0, 1]),
+        (["aa4", "aa04"], [0, 1]),
+        ([], []),
+    ],
+)
+def test_indices_of_questions_from_their_ids(ids: list[str], numbers: list[int]) -> None:
+    assert question_numbers(ids) == numbers
 
 
 def test_responses_without_empty_system_messages(tmp_path: Path) -> None:

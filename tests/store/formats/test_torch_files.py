@@ -20,6 +20,7 @@ from personaspace.store.errors import InputError
 from personaspace.store.formats.directions import CappingConfig, CapVector
 from personaspace.store.formats.torch_files import (
     RoleVector,
+    activation_shapes,
     iter_activations,
     read_axis,
     read_capping,
@@ -48,6 +49,29 @@ def test_activations_of_old_torch(tmp_path: Path) -> None:
     torch.save(entry, tmp_path / "ghost.pt", _use_new_zipfile_serialization=False)
     ((key, act_LD),) = iter_activations(tmp_path / "ghost.pt")
     assert (key, act_LD.tolist()) == ("pos_p0_q0", [[1.0] * 3] * 2)
+
+
+def test_shapes_without_values(tmp_path: Path) -> None:
+    torch.save({"pos_p1_q0": torch.full((2, 3), math.nan), "pos_p0_q5": torch.ones(2, 3)}, tmp_path / "ghost.pt")
+    assert activation_shapes(tmp_path / "ghost.pt") == {"pos_p1_q0": (2, 3), "pos_p0_q5": (2, 3)}
+    torch.save({"pos_p1_q0": torch.ones(1).expand(10**6, 10**6)}, tmp_path / "ghost.pt")
+    with pytest.raises(InputError, match="more values than the file holds"):
+        activation_shapes(tmp_path / "ghost.pt")
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=20))
+@example([3.3895313892515355e38, 1.401298464324817e-45, -0.0, 1.00390625, 1.01171875])
+def test_rounding_is_that_of_torch(numbers: list[float]) -> None:
+    array = np.array([numbers], dtype=np.float32)
+    expected = torch.from_numpy(array).to(torch.bfloat16)
+    if not expected.isfinite().all():
+        return
+    with TemporaryDirectory() as folder:
+        file = write_activations(Path(folder), "ghost", [("pos_p0_q0", array)])
+        stored = torch.load(file, weights_only=True)["pos_p0_q0"]
+        assert torch.equal(stored.view(torch.int16), expected.view(torch.int16))
+        ((_, again),) = iter_activations(file)
+        assert again.tobytes() == expected.float().numpy().tobytes()
 
 
 def test_written_activations(tmp_path: Path) -> None:
