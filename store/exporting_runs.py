@@ -27,7 +27,7 @@ from personaspace.store.objects import Folder
 from personaspace.store.reader import open_run, stored_layers
 from personaspace.store.rollouts import SCHEMA, read_rollouts
 from personaspace.store.schema import RESID_POST_MEAN, STATUS
-from personaspace.store.scores import judges, read_scores
+from personaspace.store.scores import judges
 
 PARTS = ("responses", "scores", "activations", "vectors", "axis.pt")
 """What an output folder of the reference project holds."""
@@ -74,7 +74,7 @@ def choose_rollouts(
             raise InputError(f"{folder.url}: no role {role!r} in this run; it has {some(known)}.")
         check_role_name(role, folder.url)
     chosen = [role for role in known if role in (roles or known)]
-    run = open_run(folder)
+    run = _open(folder, scores)
     role_N, status_N = run["role"].values, run["status"].values
     asked_N = np.isin(role_N, chosen)
     if sample is not None:
@@ -97,7 +97,7 @@ def choose_rollouts(
         manifest=manifest,
         run=run,
         rows={role: found for role, found in rows.items() if found},
-        score_N=_scores(folder, manifest, scores),
+        score_N=run["score"].values if "score" in run.coords else None,
     )
 
 
@@ -166,11 +166,12 @@ def rollout_tables(part: RunPart) -> Iterator[pa.Table]:
             yield pa.Table.from_pydict(columns, schema=_TABLE)
 
 
-def _scores(folder: Folder, manifest: Manifest, judge: str | None) -> NDArray[np.float32] | None:
+def _open(folder: Folder, judge: str | None) -> xr.Dataset:
+    """The run with the scores of one judge, if there is one. Raises InputError if it isn't said which of several."""
     known = judges(committed_slots(folder))
     if judge is None and len(known) > 1:
         raise InputError(f"{folder.url}: {', '.join(known)} have judged this run; name one of them as `scores`.")
-    return read_scores(folder, manifest.layout, judge)
+    return open_run(folder, scores=judge)
 
 
 def _stored_layers(part: RunPart, asked: Sequence[int]) -> list[int]:

@@ -1,17 +1,17 @@
 """Importing what the reference project has extracted: a complete run, without running any model.
 
 The run's identity holds a digest of all imported files, so a run never mixes two sources. Token ids and counts are not
-in the files: they are empty, and 0. Nothing here can be computed again; what gets lost has to be imported again.
+in the files: they are empty, and 0. Nothing here can be computed again; what gets lost is imported again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from personaspace.store.commit import COORDINATES_RECORD, ROLLOUTS, commit, committed_slots
+from personaspace.store.commit import COORDINATES_RECORD, ROLLOUTS, Record, Slot, commit, committed_slots
 from personaspace.store.config import Precision
 from personaspace.store.coordinates import unit_coordinates
 from personaspace.store.creation import refuse_foreign, write_run
@@ -25,15 +25,19 @@ from personaspace.store.index import write_index
 from personaspace.store.layout import Layout, choose_layer_group, choose_unit_rows, rollouts_key, shard_key
 from personaspace.store.lease import Fence
 from personaspace.store.manifest import Manifest, check_identity, read_manifest, refuse_frozen
+from personaspace.store.mend import drop_replaced_records
 from personaspace.store.objects import Folder
 from personaspace.store.plan import PlannedRow
 from personaspace.store.provenance import session_entry
 from personaspace.store.rollouts import Rollout, encode_rollouts
 from personaspace.store.schema import RESID_POST_MEAN, ArraySpec, encode_shard
 from personaspace.store.scores import scores_key
+from personaspace.store.verify import verify
 
 JUDGE = "assistant-axis"
 UNKNOWN = "unknown"
+TOKENS = 0
+"""Length of a response that nobody has counted."""
 
 
 def import_assistant_axis(
@@ -45,14 +49,16 @@ def import_assistant_axis(
     unit_rows: int | None = None,
     layer_group: int | None = None,
     judge: str = JUDGE,
+    repair: bool = False,
     lease_timeout: float = 60.0,
     say: Callable[[str], None] = print,
 ) -> None:
     """Make a run of SOURCE/responses and SOURCE/activations, and of SOURCE/scores where there are some.
 
-    Everything is checked before anything is written. After a crash the same call goes on: what is committed stays.
-    Memory holds one unit, or one role where a role's activations come in another order than its responses. Raises
-    InputError naming file and line or key, and IdentityError if the folder holds another run.
+    Everything but the values themselves is checked before anything is written. After a crash the same call goes on:
+    what is committed stays, unless ``repair`` verifies it first, and imports again what is damaged. Memory holds one
+    unit, or one role where a role's activations come in another order than its responses. Raises InputError naming
+    file and line or key, and IdentityError if the folder holds another run.
     """
     if not model.strip():
         raise InputError("import: give the name of the model that wrote the responses, such as `Qwen/Qwen3-32B`.")
@@ -73,7 +79,10 @@ def import_assistant_axis(
     with holding(folder, existing, timeout=lease_timeout, say=say) as fence:
         sessions = (*manifest.sessions, session_entry(fence.epoch))
         stored = write_run(fence, existing, replace(manifest, sessions=sessions), found.rows)
-        _Import(fence, stored, found, precision, say).run()
+        redo = _damaged(fence) if repair and existing is not None else {}
+        _Import(fence, stored, found, precision, redo, say).run()
+        if redo:
+            drop_replaced_records(fence, say)
         if judged is not None:
             commit_judgement(fence, stored.layout, judge, judged, say)
         write_index(fence, stored)
@@ -93,9 +102,16 @@ class _Import:
     """Units, filled by role after role in the order of the rows, and committed when they are whole."""
 
     def __init__(
-        self, fence: Fence, manifest: Manifest, source: Source, precision: Precision, say: Callable[[str], None]
+        self,
+        fence: Fence,
+        manifest: Manifest,
+        source: Source,
+        precision: Precision,
+        redo: Mapping[Slot, int],
+        say: Callable[[str], None],
     ) -> None:
         self._fence, self._manifest, self._source, self._precision, self._say = fence, manifest, source, precision, say
+        self._redo = redo
         self._layout = manifest.layout
         self._rows = {row.row: row for row in source.rows}
         self._committed = committed_slots(fence.folder)
@@ -109,7 +125,7 @@ class _Import:
             self._say(f"{role.id}: {len(role.rows)} rollouts ({number} of {len(self._source.roles)} roles)")
 
     def _is_done(self, unit: int) -> bool:
-        return (COORDINATES_RECORD, unit, 0) in self._committed
+        return (COORDINATES_RECORD, unit, 0) in self._committed and unit not in {slot[1] for slot in self._redo}
 
     def _import_role(self, role: SourceRole, missing: set[int]) -> None:
         from personaspace.store.formats.torch_files import iter_activations
@@ -134,23 +150,34 @@ class _Import:
     def _commit(self, unit: int, draft: _Draft) -> None:
         layout, planned = self._layout, self._layout.unit_row_range(unit)
         part = encode_rollouts([draft.rollouts[row] for row in planned])
-        record = commit(self._fence, (ROLLOUTS, unit, 0), {rollouts_key(unit): part}, rows=planned, dropped={})
-        source = record.objects[0].sha256
+        source = self._commit_slot((ROLLOUTS, unit, 0), {rollouts_key(unit): part}).objects[0].sha256
         for group in range(layout.groups):
             slot = (RESID_POST_MEAN, unit, group)
-            if slot in self._committed:
-                continue
-            layers = layout.group_layers(group)
-            shard = encode_shard(draft.value_RLD[:, layers.start : layers.stop], layout, self._precision)
-            commit(self._fence, slot, {shard_key(*slot): shard}, rows=planned, dropped={}, source=source)
-        commit(
+            if self._is_needed(slot):
+                layers = layout.group_layers(group)
+                shard = encode_shard(draft.value_RLD[:, layers.start : layers.stop], layout, self._precision)
+                self._commit_slot(slot, {shard_key(*slot): shard}, source=source)
+        coordinates = unit_coordinates(
+            self._manifest, unit, self._rows, dropped={}, tokens=dict.fromkeys(planned, TOKENS)
+        )
+        covers = tuple(f"{RESID_POST_MEAN}.{group:03d}" for group in range(layout.groups))
+        self._commit_slot((COORDINATES_RECORD, unit, 0), coordinates, source=source, covers=covers)
+
+    def _is_needed(self, slot: Slot) -> bool:
+        return slot not in self._committed or slot in self._redo
+
+    def _commit_slot(
+        self, slot: Slot, objects: Mapping[str, bytes], *, source: str | None = None, covers: tuple[str, ...] = ()
+    ) -> Record:
+        return commit(
             self._fence,
-            (COORDINATES_RECORD, unit, 0),
-            unit_coordinates(self._manifest, unit, self._rows, dropped={}, tokens=dict.fromkeys(planned, 0)),
-            rows=planned,
+            slot,
+            objects,
+            rows=self._layout.unit_row_range(slot[1]),
             dropped={},
             source=source,
-            covers=tuple(f"{RESID_POST_MEAN}.{group:03d}" for group in range(layout.groups)),
+            covers=covers,
+            generation=self._redo.get(slot, self._committed.get(slot, 0)),
         )
 
     def _rollout(self, row: PlannedRow, response: Response) -> Rollout:
@@ -171,6 +198,15 @@ class _Import:
             sampling="{}",
             seed=0,
         )
+
+
+def _damaged(fence: Fence) -> dict[Slot, int]:
+    """What the files can give back -> the generation in which it is committed again."""
+    redo: dict[Slot, int] = {}
+    for problem in verify(fence.folder, own_epoch=fence.epoch).harmful:
+        if problem.slot is not None and problem.slot[0] in (ROLLOUTS, RESID_POST_MEAN, COORDINATES_RECORD):
+            redo[problem.slot] = max(redo.get(problem.slot, 0), problem.generation + 1)
+    return redo
 
 
 def _layout(source: Source, unit_rows: int | None, layer_group: int | None, existing: Layout | None) -> Layout:

@@ -16,10 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from personaspace.store.commit import committed_slots
-from personaspace.store.errors import InputError
+from personaspace.store.commit import committed_slots, read_object, read_record
+from personaspace.store.errors import InputError, IntegrityError
 from personaspace.store.formats.assistant_axis import Response, question_numbers, read_role_responses
 from personaspace.store.formats.assistant_axis_scores import iter_scores, parse_key, response_key
 from personaspace.store.formats.directions import some
@@ -28,10 +26,11 @@ from personaspace.store.layout import Layout
 from personaspace.store.lease import Fence
 from personaspace.store.manifest import Manifest, refuse_frozen, require_manifest, write_manifest
 from personaspace.store.objects import Folder
+from personaspace.store.parquet import decode_table
 from personaspace.store.plan import PlannedRow, read_plan
 from personaspace.store.provenance import session_entry
 from personaspace.store.rollouts import read_rollouts
-from personaspace.store.scores import Score, commit_scores, read_scores, scores_key, scores_slot
+from personaspace.store.scores import SCHEMA, Score, commit_scores, scores_key, scores_slot
 
 Texts = Callable[[Sequence[int]], Mapping[int, str]]
 """Responses of rows as the run has them."""
@@ -73,7 +72,7 @@ def import_scores(
 
     judged = match_scores(ScoreFiles.of(source), manifest, read_plan(folder, manifest), texts)
     with holding(folder, manifest, timeout=lease_timeout, say=say) as fence:
-        _check_judgement(fence, manifest.layout, judge, judged)
+        _missing_parts(fence, manifest.layout, judge, judged)  # Refuses before anything is written.
         sessions = (*manifest.sessions, session_entry(fence.epoch))
         write_manifest(fence, manifest, replace(manifest, sessions=sessions))
         commit_judgement(fence, manifest.layout, judge, judged, say)
@@ -123,35 +122,37 @@ def match_scores(
 def commit_judgement(
     fence: Fence, layout: Layout, judge: str, judged: Mapping[int, int], say: Callable[[str], None]
 ) -> None:
-    """Commit one part for each unit that has scores and no part yet. Raises InputError if a part has other scores."""
-    _check_judgement(fence, layout, judge, judged)
-    committed = committed_slots(fence.folder)
-    for unit, rows in _by_unit(layout, judged).items():
-        if scores_slot(judge, unit) not in committed:
-            commit_scores(fence, layout, judge, unit, [Score(row=row, score=judged[row]) for row in rows])
+    """Commit one part for each unit whose part is missing or damaged. Raises InputError if a part has other scores."""
+    for unit, generation in _missing_parts(fence, layout, judge, judged).items():
+        rows = [row for row in layout.unit_row_range(unit) if row in judged]
+        commit_scores(
+            fence, layout, judge, unit, [Score(row=row, score=judged[row]) for row in rows], generation=generation
+        )
     say(f"{fence.folder.url}: {len(judged)} scores of {judge}")
 
 
-def _check_judgement(fence: Fence, layout: Layout, judge: str, judged: Mapping[int, int]) -> None:
+def _missing_parts(fence: Fence, layout: Layout, judge: str, judged: Mapping[int, int]) -> dict[int, int]:
+    """Unit -> generation in which its part is to be committed."""
     committed = committed_slots(fence.folder)
-    units = [unit for unit in _by_unit(layout, judged) if scores_slot(judge, unit) in committed]
-    stored = read_scores(fence.folder, layout, judge) if units else None
-    for unit in units:
-        assert stored is not None
-        rows = layout.unit_row_range(unit)
-        given = np.array([judged.get(row, np.nan) for row in rows], dtype=np.float32)
-        if not np.array_equal(stored[rows.start : rows.stop], given, equal_nan=True):
+    missing: dict[int, int] = {}
+    for unit in sorted({row // layout.unit_rows for row in judged}):
+        slot, rows = scores_slot(judge, unit), layout.unit_row_range(unit)
+        if slot not in committed:
+            missing[unit] = 0
+            continue
+        try:
+            record = read_record(fence.folder, slot, committed[slot])
+            table = decode_table(read_object(fence.folder, record.objects[0]), SCHEMA)
+        except IntegrityError:
+            missing[unit] = committed[slot] + 1
+            continue
+        stored = dict(zip(table["row"].to_pylist(), table["score"].to_pylist(), strict=True))
+        if stored != {row: judged[row] for row in rows if row in judged}:
             raise InputError(
                 f"{fence.folder.url}: {judge!r} has scored the rows {rows.start} to {rows.stop - 1} already, and "
                 "otherwise. The scores of a judge's version don't change: give these another name."
             )
-
-
-def _by_unit(layout: Layout, judged: Mapping[int, int]) -> dict[int, list[int]]:
-    units: dict[int, list[int]] = {}
-    for row in sorted(judged):
-        units.setdefault(row // layout.unit_rows, []).append(row)
-    return units
+    return missing
 
 
 def _responses(files: ScoreFiles, role: str) -> list[Response] | None:

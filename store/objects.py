@@ -51,6 +51,12 @@ class Folder(Protocol):
     def get(self, key: str) -> bytes:
         """Bytes of the object. Raises FileNotFoundError."""
 
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """Some bytes of the object; fewer where it ends. Raises FileNotFoundError."""
+
+    def get_tail(self, key: str, length: int) -> bytes:
+        """The last bytes of the object. Raises FileNotFoundError."""
+
     def exists(self, key: str) -> bool:
         """Whether the object is there."""
 

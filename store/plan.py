@@ -53,10 +53,12 @@ def encode_plan(rows: Sequence[PlannedRow]) -> bytes:
     return encode_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMA))
 
 
+def read_plan_table(folder: Folder, manifest: Manifest) -> pa.Table:
+    """All planned rows, in order. Raises IntegrityError if a segment's file is damaged."""
+    parts = [decode_table(read_object(folder, stored), SCHEMA) for stored in manifest.plan]
+    return pa.concat_tables([SCHEMA.empty_table(), *parts])
+
+
 def read_plan(folder: Folder, manifest: Manifest) -> list[PlannedRow]:
     """All planned rows, in order. Raises IntegrityError if a segment's file is damaged."""
-    return [
-        PlannedRow(**entry)
-        for stored in manifest.plan
-        for entry in decode_table(read_object(folder, stored), SCHEMA).to_pylist()
-    ]
+    return [PlannedRow(**entry) for entry in read_plan_table(folder, manifest).to_pylist()]

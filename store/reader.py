@@ -5,8 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import dask.array as da
 import numpy as np
 import xarray as xr
+import zarr
+from dask.base import tokenize
+from numpy.typing import NDArray
 
 from personaspace.store.commit import COORDINATES_RECORD, Slot, committed_slots
 from personaspace.store.committed import CommittedStore
@@ -15,9 +19,10 @@ from personaspace.store.index import read_index
 from personaspace.store.location import open_folder
 from personaspace.store.manifest import Manifest, require_manifest
 from personaspace.store.objects import Folder
-from personaspace.store.plan import read_plan
-from personaspace.store.schema import COORDINATES, PARTS, SPAN_COORDINATES, SPANS, STATUS, ArraySpec
+from personaspace.store.plan import read_plan_table
+from personaspace.store.schema import PARTS, SPAN_COORDINATES, SPANS, STATUS, ArraySpec
 from personaspace.store.scores import judges, read_scores
+from personaspace.store.shards import NOT_COMMITTED, CommittedShards
 
 
 def open_run(url: str | Path | Folder, *, scores: str | None = None) -> xr.Dataset:
@@ -37,31 +42,31 @@ def open_run(url: str | Path | Folder, *, scores: str | None = None) -> xr.Datas
     folder = open_folder(url) if isinstance(url, str | Path) else url
     manifest = require_manifest(folder)
     committed = committed_slots(folder)
-    opened = _open_group(folder, manifest, committed, spans=False)
-    plan = read_plan(folder, manifest)
-    rows = np.array([entry.row for entry in plan], dtype=np.intp)
-    roles, questions = manifest.tables["roles"], manifest.tables["questions"]
+    plan = read_plan_table(folder, manifest)
+    rows = plan["row"].to_numpy()
+    role_ids = np.array([role["id"] for role in manifest.tables["roles"]], dtype=object)
+    question_ids = np.array([question["id"] for question in manifest.tables["questions"]], dtype=object)
 
-    def planned(values: Sequence[Any], padding: Any, dtype: Any) -> xr.Variable:
+    def planned(values: Any, padding: Any, dtype: Any) -> xr.Variable:
         column = np.full(manifest.layout.padded_rows, padding, dtype=dtype)
-        column[rows] = np.array(values, dtype=dtype)
+        column[rows] = values
         return xr.Variable("rollout", column)
 
     coordinates: dict[str, Any] = {
-        "rollout_id": planned([entry.rollout_id for entry in plan], "", object),
-        "role": planned([roles[entry.role_id]["id"] for entry in plan], "", object),
-        "question_id": planned([questions[entry.question]["id"] for entry in plan], "", object),
+        "rollout_id": planned(plan["rollout_id"].to_numpy(), "", object),
+        "role": planned(role_ids[plan["role_id"].to_numpy()], "", object),
+        "question_id": planned(question_ids[plan["question"].to_numpy()], "", object),
     }
     for name in ("role_id", "prompt", "question", "sample"):
-        coordinates[name] = planned([getattr(entry, name) for entry in plan], -1, np.int32)
+        coordinates[name] = planned(plan[name].to_numpy(), -1, np.int32)
     for name, column in read_index(folder, manifest, committed).items():
         coordinates[name] = xr.Variable("rollout", column)
-    score = read_scores(folder, manifest.layout, scores)
+    score = read_scores(folder, manifest.layout, committed, scores)
     if score is not None:
         coordinates["score"] = xr.Variable("rollout", score)
-    opened = opened.assign_coords(coordinates)
-    opened.attrs = _attributes(folder, manifest, committed, coordinates["status"].values)
-    return opened
+    arrays = _arrays(folder, manifest, committed, spans=False)
+    attributes = _attributes(folder, manifest, committed, coordinates["status"].values)
+    return xr.Dataset(arrays, {**coordinates, "layer": np.arange(manifest.layout.layers, dtype=np.int32)}, attributes)
 
 
 def open_spans(url: str | Path | Folder) -> xr.Dataset:
@@ -76,13 +81,18 @@ def open_spans(url: str | Path | Folder) -> xr.Dataset:
     if not manifest.spans_per_rollout:
         raise InputError(f"{folder.url}: the run has no arrays by span; open_run reads what it has.")
     committed = committed_slots(folder)
-    opened = _open_group(folder, manifest, committed, spans=True)
-    coordinates = {name: opened[name].values for name in SPAN_COORDINATES}
-    used = np.flatnonzero(coordinates["part"] != PARTS.index("unused"))
-    part = np.array(PARTS, dtype=object)[coordinates.pop("part")[used]]
-    placed = {name: ("span", values[used]) for name, values in coordinates.items()}
-    selected = opened.isel(span=used).assign_coords({**placed, "part": ("span", part)})
-    return selected.assign_attrs(run=folder.url, identity_hash=manifest.identity_hash)
+    group = zarr.open_group(CommittedStore(folder, committed), path=SPANS, mode="r")
+    places = manifest.layout.padded_rows * manifest.spans_per_rollout
+    columns = {name: np.asarray(group[name][:places]) for name in SPAN_COORDINATES}  # type: ignore[index]
+    used = np.flatnonzero(columns["part"] != PARTS.index("unused"))
+    columns["part"] = np.array(PARTS, dtype=object)[columns["part"]]
+    opened = xr.Dataset(
+        _arrays(folder, manifest, committed, spans=True),
+        {name: ("span", column) for name, column in columns.items()}
+        | {"layer": np.arange(manifest.layout.layers, dtype=np.int32)},
+        {"run": folder.url, "identity_hash": manifest.identity_hash},
+    )
+    return opened.isel(span=used)
 
 
 def select(
@@ -120,24 +130,53 @@ def select(
                 f"{name}: the run has none. Import or judge first, or name the judge: open_run(scores=...)."
             )
         keep &= np.isin(run[name].values, _known(run, name, _listed(wanted)))
-    selected = run.isel(rollout=np.flatnonzero(keep))
-    return selected if layer is None else selected.sel(layer=_known(run, "layer", _listed(layer)))
-
-
-def _open_group(folder: Folder, manifest: Manifest, committed: dict[Slot, int], *, spans: bool) -> xr.Dataset:
-    """Arrays of one kind, chunked along the shards; coordinates only where the plan does not know them."""
-    layout = manifest.layout.of_spans(manifest.spans_per_rollout) if spans else manifest.layout
-    rows = "span" if spans else "rollout"
-    opened = xr.open_zarr(
-        CommittedStore(folder, committed),
-        group=SPANS if spans else None,
-        chunks={rows: layout.unit_rows, "layer": layout.layer_group, "hidden": layout.hidden},
-        drop_variables=[] if spans else list(COORDINATES),
-        consolidated=not spans,
+    layers: Sequence[int] = range(run.sizes["layer"])
+    if layer is not None:
+        known = run["layer"].values.tolist()
+        layers = [known.index(value) for value in _known(run, "layer", _listed(layer))]
+    rows = np.flatnonzero(keep)
+    return xr.concat(
+        # Dask hands slices down to the shards, and lists not: so layers are taken by slices, and before the rows.
+        [run.isel(layer=part).isel(rollout=_as_slice(rows)) for part in _slices(layers)],
+        dim="layer",
+        data_vars="minimal",
+        coords="minimal",
+        compat="override",
+        join="override",
+        combine_attrs="override",
     )
-    # The group's metadata may already describe a longer axis than the manifest that was read.
-    trimmed: xr.Dataset = opened.isel({rows: slice(0, layout.padded_rows)})
-    return trimmed
+
+
+def _slices(places: Sequence[int]) -> list[slice]:
+    """Slices that give these places in this order, as few as they can be."""
+    starts = [i for i, place in enumerate(places) if i == 0 or places[i - 1] != place - 1]
+    return [
+        slice(places[start], places[end - 1] + 1) for start, end in zip(starts, [*starts[1:], len(places)], strict=True)
+    ] or [slice(0, 0)]
+
+
+def _as_slice(rows: NDArray[np.intp]) -> NDArray[np.intp] | slice:
+    parts = _slices(rows.tolist())
+    return parts[0] if len(parts) == 1 else rows
+
+
+def _arrays(folder: Folder, manifest: Manifest, committed: dict[Slot, int], *, spans: bool) -> dict[str, xr.Variable]:
+    """The arrays with a row for each rollout, or for each span; Dask chunks are shards."""
+    layout = manifest.layout.of_spans(manifest.spans_per_rollout) if spans else manifest.layout
+    arrays = {}
+    for spec in manifest.arrays:
+        if spec.spans != spans:
+            continue
+        generations = np.full((layout.units, layout.groups), NOT_COMMITTED)
+        for (array, unit, group), generation in committed.items():
+            if array == spec.record and unit < layout.units:  # The run may have grown since its manifest was read.
+                generations[unit, group] = generation
+        shards = CommittedShards(folder, spec.path, layout, generations)
+        chunks = (layout.unit_rows, layout.layer_group, layout.hidden)
+        lazy = da.from_array(shards, chunks=chunks, asarray=False, name=f"{spec.name}-{tokenize(shards)}")
+        dims = ("span" if spans else "rollout", "layer", "hidden")
+        arrays[spec.name] = xr.Variable(dims, lazy, {"description": spec.description})
+    return arrays
 
 
 def _attributes(folder: Folder, manifest: Manifest, committed: dict[Slot, int], status: Any) -> dict[str, Any]:

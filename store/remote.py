@@ -52,6 +52,14 @@ class RemoteFolder:
         with self._explained("reading", check_key(key)):
             return bytes(obstore.get(self._store, key).bytes())
 
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        with self._explained("reading", check_key(key)):
+            return bytes(obstore.get_range(self._store, key, start=start, length=length))
+
+    def get_tail(self, key: str, length: int) -> bytes:
+        with self._explained("reading", check_key(key)):
+            return bytes(obstore.get(self._store, key, options={"range": {"suffix": length}}).bytes())
+
     def exists(self, key: str) -> bool:
         with self._explained("reading", check_key(key)):
             try:

@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 from personaspace.store.commit import (
     Slot,
     commit,
-    committed_slots,
     describe,
     publish,
     read_object,
     read_record,
-    read_records,
+    read_slots,
 )
 from personaspace.store.errors import InputError, IntegrityError
 from personaspace.store.layout import Layout
@@ -108,19 +107,22 @@ def judges(committed: Mapping[Slot, int]) -> list[str]:
     return sorted({array.removeprefix(f"{SCORES}.") for array, _, _ in committed if array.startswith(f"{SCORES}.")})
 
 
-def read_scores(folder: Folder, layout: Layout, judge: str | None = None) -> NDArray[np.float32] | None:
+def read_scores(
+    folder: Folder, layout: Layout, committed: Mapping[Slot, int], judge: str | None = None
+) -> NDArray[np.float32] | None:
     """Score of each row of the rollout axis, NaN where there is none; None if nothing was scored.
 
     ``judge`` may be left out where there is one. Raises InputError for an unknown or ambiguous judge.
     """
-    known = judges(committed_slots(folder))
+    known = judges(committed)
     if judge is None and len(known) != 1:
         return None
     name = known[0] if judge is None else judge
     if name not in known:
         raise InputError(f"{folder.url}: no scores of {name!r}. Judges with scores: {', '.join(known) or 'none'}.")
+    wanted = {slot: number for slot, number in committed.items() if slot[0] == f"{SCORES}.{name}"}
     scores = np.full(layout.padded_rows, np.nan, dtype=np.float32)
-    for record in read_records(folder, f"{SCORES}.{name}").values():
+    for record in read_slots(folder, wanted).values():
         table = decode_table(read_object(folder, record.objects[0]), SCHEMA)
         scores[table["row"].to_numpy()] = table["score"].to_numpy()
     return scores

@@ -1,23 +1,27 @@
 """The fit step on a run in the store, written through the store's own commits."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from personaspace.analysis.config import AnalysisConfig
-from personaspace.analysis.fit import fit, open_space, target_layer
+from personaspace.analysis.fit import fit, target_layer
 from personaspace.analysis.publish import publish_report
 from personaspace.store import open_run
 from personaspace.store.commit import COORDINATES_RECORD, ROLLOUTS, commit
+from personaspace.store.creation import write_run
 from personaspace.store.errors import InputError
 from personaspace.store.layout import Layout, coordinate_key, rollouts_key, shard_key
 from personaspace.store.lease import acquire
 from personaspace.store.local import LocalFolder
-from personaspace.store.manifest import Manifest, write_session
+from personaspace.store.manifest import Manifest
+from personaspace.store.plan import PlannedRow
 from personaspace.store.rollouts import Rollout, encode_rollouts
-from personaspace.store.schema import RESID_POST_MEAN, create_group, encode_coordinate, encode_shard
+from personaspace.store.schema import RESID_POST_MEAN, ArraySpec, encode_coordinate, encode_shard
+from personaspace.store.space import open_space
 
 ROLES = ["default", "pirate", "ghost", "doctor", "lawyer"]
 KINDS = ["assistant", "dramatic", "fantastical", "professional", "professional"]
@@ -25,15 +29,15 @@ QUESTIONS = 6
 LAYOUT = Layout(segments=(30,), layers=2, hidden=8, unit_rows=6, layer_group=1)
 
 
-def write_run(path: Path, units: int = 5) -> np.ndarray:
-    """A run of five roles with six answers each; row 7 (pirate) is dropped. Returns its values ``(30, 2, 8)``."""
-    folder = LocalFolder(path)
+def write(folder: LocalFolder, units: int = 5, *, second_layer_units: int = 5) -> np.ndarray:
+    """A run of five roles with six answers each; row 7 (pirate) is dropped. Returns its values ``(30, 2, 8)``.
+
+    The first ``units`` are complete, but for the second layer, which ``second_layer_units`` of them have.
+    """
     generator = np.random.default_rng(0)
     place = np.repeat([3.0, -2.0, -3.0, 1.0, 2.0], QUESTIONS)
     values = (place[:, None, None] * np.eye(8)[0] + 0.1 * generator.normal(size=(30, 2, 8))).astype(np.float32)
     values[7] = np.nan
-    path.mkdir()
-    create_group(path, LAYOUT, {RESID_POST_MEAN: "test"}, {})
     manifest = Manifest(
         identity={
             "model": {
@@ -44,40 +48,53 @@ def write_run(path: Path, units: int = 5) -> np.ndarray:
                 "template_hash": "t",
                 "system_policy": "native",
             },
-            "personas": {"rows": 30, "conversations": "c"},
             "generate": {},
             "extract": {"pooling": "mean"},
             "store": {"precision": "lossless"},
         },
         layout=LAYOUT,
+        arrays=(ArraySpec(name=RESID_POST_MEAN, description="test"),),
         tables={
             "roles": [{"id": role, "kind": kind, "description": role} for role, kind in zip(ROLES, KINDS, strict=True)],
             "questions": [{"id": f"q{number}", "text": f"Question {number}?"} for number in range(QUESTIONS)],
         },
-        plan={},
+        plan=(),
+        unit_order=tuple(range(5)),
         execution={},
+        sessions=({"epoch": 1, "host": "here", "started": "now", "git_commit": None, "packages": {}},),
     )
+    planned = [
+        PlannedRow(row=row, rollout_id=f"{row:016x}", role_id=row // 6, prompt=0, question=row % 6, sample=0)
+        for row in range(30)
+    ]
     with acquire(folder, timeout=60, say=print) as lease:
-        session = {"host": "here", "started": "now", "git_commit": None, "packages": {}}
-        write_session(folder, manifest, manifest, session)
+        write_run(lease.fence, None, manifest, planned)
         for unit in range(units):
             rows = LAYOUT.unit_row_range(unit)
             dropped = {row: "empty response" for row in rows if row == 7}
             rollouts = encode_rollouts([rollout(row) for row in rows])
             commit(lease.fence, (ROLLOUTS, unit, 0), {rollouts_key(unit): rollouts}, rows=rows, dropped=dropped)
-            for group in range(2):
+            for group in range(2 if unit < second_layer_units else 1):
                 data = encode_shard(values[LAYOUT.unit_slice(unit), group : group + 1], LAYOUT, "lossless")
                 slot = (RESID_POST_MEAN, unit, group)
                 commit(lease.fence, slot, {shard_key(*slot): data}, rows=rows, dropped=dropped)
             columns = {
                 "role": np.array([ROLES[unit]] * 6, dtype=object),
                 "role_id": np.full(6, unit, np.int32),
+                "prompt": np.zeros(6, np.int32),
                 "question": np.arange(6, dtype=np.int32),
+                "sample": np.zeros(6, np.int32),
+                "n_tokens": np.ones(6, np.int32),
                 "status": np.array([2 if row == 7 else 1 for row in rows], np.uint8),
             }
             objects = {coordinate_key(name, unit): encode_coordinate(x, LAYOUT, name) for name, x in columns.items()}
             commit(lease.fence, (COORDINATES_RECORD, unit, 0), objects, rows=rows, dropped=dropped)
     return values
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> LocalFolder:
+    return LocalFolder(tmp_path / "run")
 
 
 def rollout(row: int) -> Rollout:
@@ -101,10 +118,10 @@ def rollout(row: int) -> Rollout:
     )
 
 
-def test_axis_vectors_and_positions_are_those_of_the_stored_rollouts(tmp_path: Path) -> None:
-    values = write_run(tmp_path / "run").astype(np.float64)
-    fit(tmp_path / "run", AnalysisConfig(permutations=20))
-    space = open_space(tmp_path / "run")
+def test_axis_vectors_and_positions_are_those_of_the_stored_rollouts(folder: LocalFolder) -> None:
+    values = write(folder).astype(np.float64)
+    fit(folder, AnalysisConfig(permutations=20))
+    space = open_space(folder)
     means = np.array([np.nanmean(values[6 * role : 6 * role + 6], axis=0) for role in range(5)])
     axis = means[0] - means[1:].mean(axis=0)
     np.testing.assert_allclose(space["axis"], axis, rtol=1e-5, atol=1e-6)
@@ -113,37 +130,74 @@ def test_axis_vectors_and_positions_are_those_of_the_stored_rollouts(tmp_path: P
     assert list(space["role_count"].values) == [5, 6, 6, 6]
     usable = [row for row in range(30) if row != 7]
     assert list(space["rollout_row"].values) == usable
+    assert list(space["rollout_role"].values) == [ROLES[row // 6] for row in usable]
     place = ((values[usable] - means[1:].mean(0)) * axis).sum(2) / (axis**2).sum(1)
     np.testing.assert_allclose(space["rollout_position"], place, rtol=1e-4, atol=1e-5)
     assert (space["cos_axis_pc1"] > 0.99).all()
 
 
-def test_refit_replaces_the_latest_and_leaves_one_space(tmp_path: Path) -> None:
-    write_run(tmp_path / "run")
+def test_refit_replaces_the_latest_and_leaves_one_space(folder: LocalFolder) -> None:
+    write(folder)
     for components in (3, 4):
-        fit(tmp_path / "run", AnalysisConfig(permutations=20, components=components))
-    assert [path.name for path in sorted((tmp_path / "run" / "space").iterdir())] == ["0002.zarr", "latest"]
-    assert open_space(tmp_path / "run").attrs["target_layer"] == 1
+        fit(folder, AnalysisConfig(permutations=20, components=components))
+    names = sorted(path.name for path in (folder.path / "space").iterdir())
+    assert len(names) == 2
+    assert names[0].startswith("0002-")
+    assert names[1] == "latest.json"
+    assert json.loads((folder.path / "space" / "latest.json").read_text())["name"] == names[0]
+    assert open_space(folder).attrs["target_layer"] == 1
+    assert open_space(folder).sizes["component"] == 4
 
 
-def test_half_finished_run_can_be_fitted_and_reported(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", units=3)
-    fit(tmp_path / "run", AnalysisConfig(permutations=20))
-    assert list(open_space(tmp_path / "run")["role"].values) == ["pirate", "ghost"]
-    page = publish_report(tmp_path / "run").read_text()
+def test_half_finished_run_can_be_fitted_and_reported(folder: LocalFolder) -> None:
+    write(folder, units=3)
+    fit(folder, AnalysisConfig(permutations=20))
+    assert list(open_space(folder)["role"].values) == ["pirate", "ghost"]
+    where = publish_report(folder)
+    assert where == f"{folder.url}/report.html"
+    page = Path(where).read_text()
     assert "empty response" in page
-    assert open_run(tmp_path / "run")["status"].values.tolist().count(0) == 12
+    assert "Answer 12" in page
+    assert open_run(folder)["status"].values.tolist().count(0) == 12
 
 
-@pytest.mark.parametrize(("units", "message"), [(0, "no extracted rollouts yet"), (2, "1 of `default` and 1 other")])
-def test_too_little_to_fit(tmp_path: Path, units: int, message: str) -> None:
-    write_run(tmp_path / "run", units=units)
-    with pytest.raises(InputError, match=message):
-        fit(tmp_path / "run", AnalysisConfig(permutations=20))
+def test_only_layers_that_every_rollout_has_are_fitted(folder: LocalFolder) -> None:
+    """Layers are being added to a run: some units have the new one already."""
+    write(folder, second_layer_units=4)
+    space = fit(folder, AnalysisConfig(permutations=20))
+    assert space["layer"].values.tolist() == [0]
+    assert space.attrs["target_layer"] == 0
+    assert np.isfinite(space["role_vector"].values).all()
+    with pytest.raises(InputError, match=r"^analysis\.target_layer: 1; the run has layers 0 to 0\.$"):
+        fit(folder, AnalysisConfig(permutations=20, target_layer=1))
+
+
+@pytest.mark.parametrize(("units", "default", "others"), [(0, 0, 0), (1, 1, 0), (2, 1, 1)])
+def test_too_little_to_fit(folder: LocalFolder, units: int, default: int, others: int) -> None:
+    write(folder, units=units)
+    message = (
+        f"{folder.url}: {default} of `default` and {others} other roles have usable rollouts; the axis needs "
+        "`default` and at least two roles. Let extraction go on, then fit again."
+    )
+    with pytest.raises(InputError) as error:
+        fit(folder, AnalysisConfig(permutations=20))
+    assert str(error.value) == message
     with pytest.raises(InputError, match="no persona space yet; run `fit` first"):
-        open_space(tmp_path / "run")
+        open_space(folder)
+    with pytest.raises(InputError, match="no persona space yet; run `fit` first"):
+        publish_report(folder)
+
+
+def test_no_run_to_fit(folder: LocalFolder) -> None:
+    with pytest.raises(InputError, match=r"no run here \(no run\.json\)"):
+        fit(folder, AnalysisConfig())
 
 
 def test_target_layer() -> None:
-    assert target_layer(AnalysisConfig(), 30) == 15
-    assert target_layer(dataclasses.replace(AnalysisConfig(), target_layer=29), 30) == 29
+    assert target_layer(AnalysisConfig(), range(30)) == 15
+    assert target_layer(dataclasses.replace(AnalysisConfig(), target_layer=29), range(30)) == 29
+    assert target_layer(AnalysisConfig(), [0, 1, 10, 11]) == 10
+    assert target_layer(AnalysisConfig(), []) == 0
+    message = r"^analysis\.target_layer: 5; the run has layers 0 to 1, 10 to 12\.$"
+    with pytest.raises(InputError, match=message):
+        target_layer(dataclasses.replace(AnalysisConfig(), target_layer=5), [0, 1, 10, 11, 12])

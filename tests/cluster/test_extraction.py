@@ -1,6 +1,7 @@
 """The extract step on real Ray and real Zarr, against a plain forward pass of each rollout alone."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +19,13 @@ from personaspace.cluster.job import Job, prepare
 from personaspace.cluster.session import hold_run
 from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig
 from personaspace.store import open_run
-from personaspace.store.commit import read_records
+from personaspace.store.commit import COORDINATES_RECORD, ROLLOUTS, committed_slots, read_records
 from personaspace.store.config import StoreConfig
-from personaspace.store.errors import InputError
+from personaspace.store.errors import IdentityError, InputError
+from personaspace.store.freeze import freeze_run
+from personaspace.store.index import is_current
+from personaspace.store.lease import acquire
+from personaspace.store.manifest import require_manifest
 from personaspace.store.rollouts import read_rollouts
 from personaspace.store.schema import RESID_POST_MEAN
 from tests.models import tiny_checkpoint
@@ -138,12 +143,19 @@ def test_resume_commits_only_what_is_missing_to_the_same_bytes(tmp_path: Path, r
         (job.folder.path / f"commits/{unit:06d}/coordinates.000.000.json").unlink()
     torn.write_bytes(torn.read_bytes()[:-1])
     (group / RESID_POST_MEAN / "c" / "4" / "2" / "0").unlink()
-    run_job(job, ClusterConfig(stages=3))
+    run_job(job_for(model, responses, tmp_path / "runs", "resumed"), ClusterConfig(stages=3))
     assert {path: path.read_bytes() for path in group.rglob("*") if path.is_file()} == whole
     records = read_records(job.folder, RESID_POST_MEAN)
     assert records[(RESID_POST_MEAN, 0, 1)].adopted
     assert not records[(RESID_POST_MEAN, 2, 0)].adopted
     assert orphan in whole
+    for record in records.values():
+        [rollouts] = read_records(job.folder, ROLLOUTS, [record.unit]).values()
+        assert record.source == rollouts.objects[0].sha256
+    for record in read_records(job.folder, COORDINATES_RECORD).values():
+        assert record.generation == 0
+        assert record.covers == tuple(f"{RESID_POST_MEAN}.{layer_group:03d}" for layer_group in range(3))
+    assert is_current(job.folder, committed_slots(job.folder))
 
 
 def test_extract_without_rollouts_says_what_to_run(tmp_path: Path, responses: Path) -> None:
@@ -175,6 +187,45 @@ def test_planning_writes_nothing_and_refuses_contradictions(tmp_path: Path, resp
             store=job.store,
             execution={},
         )
+
+
+def test_a_job_that_was_overtaken_while_getting_ready_changes_nothing(tmp_path: Path, responses: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "model")
+    first, second = (job_for(model, responses, tmp_path / "runs", "shared") for _ in range(2))
+    with hold_run(first, say=print):
+        pass
+    before = first.folder.get("run.json")
+    message = (
+        "another driver changed the run while this one was getting ready. Repeat the command. Nothing was changed."
+    )
+    with pytest.raises(IdentityError, match=re.escape(message)), hold_run(second, say=print):
+        pass
+    assert first.folder.get("run.json") == before
+    third = job_for(model, responses, tmp_path / "runs", "shared")
+    with hold_run(third, say=print) as fence:
+        assert fence.epoch == 3
+    assert [session["epoch"] for session in require_manifest(third.folder).sessions] == [1, 3]
+
+
+def test_a_frozen_run_is_refused(tmp_path: Path, responses: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "model")
+    job = job_for(model, responses, tmp_path / "runs", "frozen")
+    with hold_run(job, say=print) as fence:
+        freeze_run(fence, require_manifest(job.folder))
+    with pytest.raises(InputError, match=r"runs/frozen: the run is frozen as [0-9a-f]{64}; nothing can be added"):
+        job_for(model, responses, tmp_path / "runs", "frozen")
+
+
+def test_a_run_that_was_frozen_while_a_job_got_ready_is_refused(tmp_path: Path, responses: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "model")
+    with hold_run(job_for(model, responses, tmp_path / "runs", "frozen"), say=print):
+        pass
+    job = job_for(model, responses, tmp_path / "runs", "frozen")
+    with acquire(job.folder, timeout=60, say=print) as lease:
+        frozen = freeze_run(lease.fence, require_manifest(job.folder))
+    with pytest.raises(IdentityError, match="another driver changed the run"), hold_run(job, say=print):
+        pass
+    assert require_manifest(job.folder) == frozen
 
 
 def test_a_foreign_folder_is_not_taken_for_a_run(tmp_path: Path, responses: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any, cast
 from personaspace.store.objects import Folder
 
 WRITES = ("put_new", "replace", "compare_and_swap", "delete")
-OPERATIONS = ("get", "exists", "list", *WRITES)
+OPERATIONS = ("get", "get_range", "get_tail", "exists", "list", *WRITES)
 
 
 class HookedFolder:

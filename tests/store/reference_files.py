@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from personaspace.store.importing import import_assistant_axis
+from personaspace.store.objects import Folder
+
 LAYERS, HIDDEN = 5, 8
 QUESTIONS = (5, 17, 40)
 PROMPTS: Mapping[str, tuple[int, ...]] = {"default": (0, 1), "ghost": (1, 3), "poet": (0, 2)}
@@ -68,3 +71,9 @@ def write_output(folder: Path, roles: Sequence[str] = tuple(PROMPTS)) -> Path:
         write_role(folder, role, responses(role), ordered)
         write_scores(folder, role, scores(role))
     return folder
+
+
+def import_all(source: Path, folder: Folder, **changes: Any) -> None:
+    """Import into units of four rows: the roles have six, so two units mix roles, and the last one is padded."""
+    settings: dict[str, Any] = {"model": "org/model", "unit_rows": 4, "say": lambda _: None}
+    import_assistant_axis(source, folder, **(settings | changes))

@@ -70,6 +70,7 @@ def test_from_whole_directions_to_every_kind(tmp_path: Path, source: str, target
     convert(write_all(tmp_path)[source], tmp_path / target, model=model)
     found = read_any(tmp_path / target, model="org/model")
     assert found.model == "org/model"
+    assert found.axis_LD is not None
     np.testing.assert_allclose(found.axis_LD, AXIS[1:] if target == "b.gguf" else AXIS, atol=1e-6)
     if target in ("b.gguf", "b.pt"):
         assert found.roles == ()
@@ -91,6 +92,7 @@ def test_an_axis_alone(tmp_path: Path, source: str, target: str) -> None:
 
 def test_the_axis_follows_from_the_vectors_where_it_is_not_there(tmp_path: Path) -> None:
     found = read_any(write_reference(tmp_path / "out", axis=False), model="m")
+    assert found.axis_LD is not None
     np.testing.assert_allclose(found.axis_LD, AXIS, atol=1e-6)
     assert found.provenance["axis"] == "mean(default) - mean of the roles of this file"
 
@@ -103,7 +105,7 @@ def test_the_way_to_a_role(tmp_path: Path) -> None:
 
 
 def test_capping_configs_both_ways(tmp_path: Path) -> None:
-    vectors = {"evil": {"layer": 2, "vector": torch.arange(4.0)}}
+    vectors: Any = {"evil": {"layer": 2, "vector": torch.arange(4.0)}}
     experiments = [{"id": "a", "interventions": [{"vector": "evil", "cap": 0.1}]}]
     torch.save({"vectors": vectors, "experiments": experiments}, tmp_path / "caps.pt")
     convert(tmp_path / "caps.pt", tmp_path / "caps.json")

@@ -1,12 +1,7 @@
 """What the reference project has extracted becomes a run like any other, whole or not at all."""
 
-import json
-import os
-import pickle
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +13,9 @@ from personaspace.analysis.publish import publish_report
 from personaspace.extract.personas import plan_imported
 from personaspace.store import open_run
 from personaspace.store.catalog import summarize
-from personaspace.store.errors import IdentityError, InputError, LeaseError
-from personaspace.store.importing import import_assistant_axis
+from personaspace.store.commit import record_key
+from personaspace.store.errors import IdentityError, LeaseError
+from personaspace.store.layout import coordinate_key, rollouts_key, shard_key
 from personaspace.store.lease import LEASE, acquire
 from personaspace.store.local import LocalFolder
 from personaspace.store.manifest import read_manifest, require_manifest
@@ -33,23 +29,14 @@ from tests.store.reference_files import (
     PROMPTS,
     QUESTIONS,
     activations,
+    import_all,
     key,
     response,
     responses,
     scores,
     write_output,
     write_role,
-    write_scores,
 )
-
-
-def quiet(_: str) -> None:
-    pass
-
-
-def import_all(source: Path, folder: LocalFolder, **changes: Any) -> None:
-    """Units of four rows: the roles have six, so that two units mix roles; the last one is padded."""
-    import_assistant_axis(source, folder, **({"model": "org/model", "unit_rows": 4, "say": quiet} | changes))
 
 
 def expected() -> np.ndarray:
@@ -207,6 +194,28 @@ def test_an_import_that_is_complete_writes_no_data_again(source: Path, tmp_path:
     assert len(require_manifest(folder).sessions) == 2
 
 
+def test_what_is_damaged_is_imported_again_on_demand(source: Path, tmp_path: Path) -> None:
+    folder = LocalFolder(tmp_path / "run")
+    import_all(source, folder)
+    good = contents(folder)
+    damaged = {
+        shard_key(RESID_POST_MEAN, 0, 1): b"damaged",
+        rollouts_key(1): b"",
+        coordinate_key("status", 2): good[coordinate_key("status", 2)][:-1],
+        record_key((RESID_POST_MEAN, 4, 0), 0): b"{}",
+    }
+    for key_, data in damaged.items():
+        folder.replace(key_, data)
+    folder.delete(shard_key(RESID_POST_MEAN, 3, 0))
+    import_all(source, folder)
+    assert len(verify(folder).harmful) == 5
+    import_all(source, folder, repair=True)
+    assert verify(folder).problems == ()
+    assert contents(folder) == good
+    import_all(source, folder)
+    assert verify(folder).problems == ()
+
+
 def test_another_source_is_another_run(source: Path, tmp_path: Path) -> None:
     folder = LocalFolder(tmp_path / "run")
     import_all(write_output(tmp_path / "out"), folder)
@@ -226,113 +235,6 @@ def test_a_run_in_use_is_left_alone(source: Path, tmp_path: Path) -> None:
     with acquire(folder, timeout=60, say=pytest.fail), pytest.raises(LeaseError, match="is being written by"):
         import_all(source, folder)
     assert read_manifest(folder) is None
-
-
-NEG = response("ghost", 1, 5, label="neg")
-OTHER_QUESTION = response("ghost", 3, 5, question="Another?")
-OTHER_PROMPT = response("ghost", 1, 17, system_prompt="Another.")
-TWICE = response("ghost", 1, 5, label="default")
-SAME = response("ghost", 3, 5, conversation=response("ghost", 1, 5)["conversation"])
-FIRST = response("ghost", 1, 5)
-ONE = {key(1, 5): torch.ones(LAYERS, HIDDEN)}
-
-
-@pytest.mark.parametrize(
-    ("lines", "tensors", "message"),
-    [
-        ([FIRST], {**ONE, key(1, 17): ONE[key(1, 5)]}, "ghost.pt: pos_p1_q17 have no response in "),
-        ([FIRST, response("ghost", 1, 17)], ONE, "ghost.jsonl: pos_p1_q17 have no activations in "),
-        ([FIRST], {key(1, 5): torch.ones(LAYERS, 9)}, "ghost.pt: its tensors are (5, 9), those of other roles (5, 8);"),
-        ([FIRST], {key(1, 5): torch.ones(LAYERS)}, "ghost.pt: pos_p1_q5: is float32 (5,); it must be"),
-        ([FIRST], {key(1, 5): torch.full((5, 8), torch.nan)}, "ghost.pt: pos_p1_q5: holds values that are not finite"),
-        ([FIRST], {"p1_q5": ONE[key(1, 5)]}, "ghost.pt: key 'p1_q5' is not of the form"),
-        ([NEG], {key(1, 5, "neg"): ONE[key(1, 5)]}, "ghost.jsonl:1: label is 'neg'; only roles"),
-        ([FIRST, OTHER_QUESTION], ONE, "ghost.jsonl:2: question_index 5 has another question before."),
-        ([FIRST, OTHER_PROMPT], ONE, "ghost.jsonl:2: prompt_index 1 has another system prompt before."),
-        ([FIRST, TWICE], ONE, "ghost.jsonl:2: the same prompt and question as "),
-        ([FIRST, SAME], {**ONE, key(3, 5): ONE[key(1, 5)]}, "ghost.jsonl:2: the same response as "),
-        ([], ONE, "ghost.jsonl: holds no responses; remove it, and its activations."),
-    ],
-)
-def test_refused_sources(tmp_path: Path, lines: list[Any], tensors: Any, message: str) -> None:
-    source = write_output(tmp_path / "out", ["default"])
-    write_role(source, "ghost", lines, tensors)
-    folder = LocalFolder(tmp_path / "run")
-    with pytest.raises(InputError) as error:
-        import_all(source, folder)
-    assert message in str(error.value)
-    if "not finite" not in message:  # Values are read when they are stored.
-        assert not folder.path.exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda out: (out / "activations" / "poet.pt").unlink(), "poet.jsonl: has no activations ("),
-        (lambda out: (out / "responses" / "poet.jsonl").unlink(), "poet.pt: has no responses ("),
-        (lambda out: os.rename(out / "responses", out / "texts"), "holds no folder `responses`; give an output"),
-        (lambda out: (out / "responses" / "...jsonl").write_text(""), "role name '..' can't be a file name;"),
-        (lambda out: write_scores(out, "hacker", {key(0, 5): 1}), "hacker.json: the run has no role 'hacker'; it has"),
-        (lambda out: write_scores(out, "ghost", {key(1, 6): 1}), "ghost.json: pos_p1_q6: the run has no such rollout"),
-    ],
-)
-def test_refused_folders(tmp_path: Path, change: Callable[[Path], object], message: str) -> None:
-    source = write_output(tmp_path / "out")
-    change(source)
-    with pytest.raises(InputError) as error:
-        import_all(source, LocalFolder(tmp_path / "run"))
-    assert message in str(error.value)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model": " "}, "give the name of the model"),
-        ({"unit_rows": 0}, "unit_rows: 0; it must be 1 or more."),
-        ({"layer_group": 6}, "layer_group: 6 is more than the 5 layers of the activations."),
-        ({"judge": "../x"}, "'../x'"),
-    ],
-)
-def test_refused_settings(source: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError) as error:
-        import_all(source, LocalFolder(tmp_path / "run"), **changes)
-    assert message in str(error.value)
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_place_with_other_things_is_refused(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"holds \['notes.txt'\], but no run\.json"):
-        import_all(source, LocalFolder(tmp_path))
-
-
-class Evil:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return (os.system, (f"touch {self.marker}",))
-
-
-@pytest.mark.parametrize("plain", [True, False])
-def test_pickled_code_is_refused_and_not_run(tmp_path: Path, plain: bool) -> None:
-    source = write_output(tmp_path / "out")
-    entry = {key(1, 5): Evil(tmp_path / "run_by_pickle")}
-    if plain:
-        (source / "activations" / "ghost.pt").write_bytes(pickle.dumps(entry, protocol=2))
-    else:
-        torch.save(entry, source / "activations" / "ghost.pt")
-    with pytest.raises(InputError, match=r"ghost\.pt: .*(nothing of it was run|can't be read)"):
-        import_all(source, LocalFolder(tmp_path / "run"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-
-
-def test_responses_are_read_as_json_alone(tmp_path: Path) -> None:
-    source = write_output(tmp_path / "out")
-    (source / "responses" / "ghost.jsonl").write_text(json.dumps(responses("ghost")[0])[:-1])
-    with pytest.raises(InputError, match=r"ghost\.jsonl:1: not a line of UTF-8 JSON"):
-        import_all(source, LocalFolder(tmp_path / "run"))
 
 
 def test_questions_are_placed_by_their_numbers(imported: LocalFolder) -> None:

@@ -114,6 +114,16 @@ def test_what_a_judge_said_stays_and_may_be_added_to(own: LocalFolder, tmp_path:
     assert scores_of(own, "gpt-2")[:2] == [1, 1]
 
 
+def test_damaged_scores_are_imported_again(own: LocalFolder, tmp_path: Path) -> None:
+    write_scores(tmp_path, "default", {"pos_p0_q0": 1})
+    judge(tmp_path, own)
+    for entry in list(own.list("scores")):
+        own.replace(entry.key, b"damaged")
+    judge(tmp_path, own)
+    assert scores_of(own)[:2] == [1, None]
+    assert verify(own).problems == ()
+
+
 @pytest.mark.parametrize(
     ("role", "entry", "message"),
     [

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from personaspace.store.errors import InputError
-from personaspace.store.formats.files import replacing, require_file
+from personaspace.store.formats.files import replacing, replacing_parts, require_file
 from personaspace.store.formats.json_text import parse_json
 
 
@@ -68,3 +68,32 @@ def test_refused_places(tmp_path: Path) -> None:
 def test_refused_json(raw: bytes, reason: str) -> None:
     with pytest.raises(InputError, match=f"^scores.json: not valid JSON: {reason}"):
         parse_json(raw, "scores.json: not valid JSON")
+
+
+def test_parts_of_a_folder_take_the_place_of_what_was_there(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "out"
+    with replacing_parts(folder, ("a", "b.txt"), overwrite=False) as temporary:
+        (temporary / "a").mkdir()
+        (temporary / "a" / "1").write_text("one")
+        (temporary / "b.txt").write_text("two")
+        assert not folder.exists()
+    (folder / "mine").write_text("stays")
+    with pytest.raises(InputError, match="exists and is not empty"), replacing_parts(folder, ("a",), overwrite=False):
+        pass
+    with pytest.raises(ZeroDivisionError), replacing_parts(folder, ("a", "b.txt"), overwrite=True) as temporary:
+        fail_after_half(temporary / "b.txt")
+    assert (folder / "b.txt").read_text() == "two"
+    with replacing_parts(folder, ("a", "b.txt"), overwrite=True) as temporary:
+        (temporary / "a").mkdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "mine"]
+    assert not list((folder / "a").iterdir())
+    assert [path.name for path in folder.parent.iterdir()] == ["out"]
+
+
+def test_parts_go_into_folders_only(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with (
+        pytest.raises(InputError, match="out: exists and is not empty"),
+        replacing_parts(tmp_path / "out", ("a",), overwrite=True),
+    ):
+        pass
