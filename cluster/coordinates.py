@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from personaspace.cluster.job import Job
 from personaspace.store.commit import (
     COORDINATES_RECORD,
@@ -13,9 +11,8 @@ from personaspace.store.commit import (
     read_record,
     read_records,
 )
-from personaspace.store.layout import coordinate_key
+from personaspace.store.coordinates import unit_coordinates
 from personaspace.store.lease import Fence
-from personaspace.store.schema import COORDINATES, STATUS, encode_coordinate
 
 
 def commit_coordinates(job: Job, fence: Fence, unit: int, tokens: Mapping[int, int]) -> tuple[int, int]:
@@ -25,8 +22,7 @@ def commit_coordinates(job: Job, fence: Fence, unit: int, tokens: Mapping[int, i
     unit has coordinates already (layers were added, or a shard was repaired) that say less, the next generation says
     it all.
     """
-    layout = job.layout
-    planned = layout.unit_row_range(unit)
+    planned = job.layout.unit_row_range(unit)
     shards = read_records(job.folder, job.array.record, [unit])
     dropped = {row: reason for record in shards.values() for row, reason in record.dropped.items()}
     covers = tuple(sorted(f"{array}.{group:03d}" for array, _, group in shards))
@@ -41,26 +37,14 @@ def commit_coordinates(job: Job, fence: Fence, unit: int, tokens: Mapping[int, i
             return len(planned), len(dropped)
         generation = committed + 1
 
-    rows = [job.rows[row] for row in planned]
-    padding = [0] * (layout.unit_rows - len(rows))
-    status = [STATUS.index("dropped" if row in dropped else "ok") for row in planned]
-    columns = {
-        "role": np.array([job.plan.roles[row.role_id].id for row in rows] + [""] * len(padding), dtype=object),
-        "role_id": np.array([row.role_id for row in rows] + padding, dtype=np.int32),
-        "prompt": np.array([row.prompt for row in rows] + padding, dtype=np.int32),
-        "question": np.array([row.question for row in rows] + padding, dtype=np.int32),
-        "sample": np.array([row.sample for row in rows] + padding, dtype=np.int32),
-        "n_tokens": np.array([tokens[row] for row in planned] + padding, dtype=np.int32),
-        "status": np.array(status + [STATUS.index("pad")] * len(padding), dtype=np.uint8),
-    }
     commit(
         fence,
         slot,
-        {coordinate_key(name, unit): encode_coordinate(columns[name], layout, name) for name in COORDINATES},
+        unit_coordinates(job.manifest, unit, job.rows, dropped=dropped, tokens=tokens),
         rows=planned,
         dropped=dropped,
         source=source,
         covers=covers,
         generation=generation,
     )
-    return len(rows), len(dropped)
+    return len(planned), len(dropped)

@@ -14,13 +14,13 @@ import ray
 
 from personaspace.cluster.config import ClusterConfig
 from personaspace.cluster.job import Job
-from personaspace.cluster.provenance import session_entry
 from personaspace.store.creation import refuse_foreign, write_run
-from personaspace.store.errors import IdentityError, InputError, PersonaspaceError
+from personaspace.store.errors import InputError, PersonaspaceError
+from personaspace.store.holding import holding
 from personaspace.store.index import write_index
-from personaspace.store.lease import Fence, acquire
+from personaspace.store.lease import Fence
 from personaspace.store.location import is_local
-from personaspace.store.manifest import read_manifest
+from personaspace.store.provenance import session_entry
 
 
 class Interrupted(PersonaspaceError):
@@ -52,17 +52,11 @@ class Workers:
 def hold_run(job: Job, say: Callable[[str], None]) -> Iterator[Fence]:
     """Hold the run's lease; create the run, or let it grow, as the job plans; note this session in run.json."""
     refuse_foreign(job.folder)
-    after_epoch = 0 if job.existing is None else job.existing.last_epoch
-    with acquire(job.folder, timeout=job.store.lease_timeout, say=say, after_epoch=after_epoch) as lease:
-        if read_manifest(job.folder) != job.existing:
-            raise IdentityError(
-                f"{job.folder.url}: another driver changed the run while this one was getting ready. Repeat the "
-                "command. Nothing was changed."
-            )
-        sessions = (*job.manifest.sessions, session_entry(lease.epoch))
-        stored = write_run(lease.fence, job.existing, replace(job.manifest, sessions=sessions), job.planned_rows())
-        yield lease.fence
-        write_index(lease.fence, stored)
+    with holding(job.folder, job.existing, timeout=job.store.lease_timeout, say=say) as fence:
+        sessions = (*job.manifest.sessions, session_entry(fence.epoch))
+        stored = write_run(fence, job.existing, replace(job.manifest, sessions=sessions), job.planned_rows())
+        yield fence
+        write_index(fence, stored)
         job.folder.clear_scratch()
 
 

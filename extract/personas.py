@@ -4,8 +4,6 @@ Ids of roles and questions are permanent. The plan's order (roles one after anot
 questions and samples) decides the rows of the arrays.
 """
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import yaml
 from personaspace.extract.config import PersonasConfig
 from personaspace.store.errors import InputError
 from personaspace.store.formats import assistant_axis
+from personaspace.store.plan import rollout_id
 
 DEFAULT_ROLE = "default"
 
@@ -152,12 +151,6 @@ def plan_imported(folder: Path) -> PersonaPlan:
             for row, (permanent_id, response) in enumerate(ordered)
         ),
     )
-
-
-def rollout_id(role: str, messages: Sequence[dict[str, str]], generation: str, sample: int) -> str:
-    """Permanent id of a rollout: 16 hex digits of a hash over all that decides it."""
-    content = json.dumps([role, list(messages), generation, sample], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def load_roles(source: str) -> list[Role]:

@@ -16,11 +16,13 @@ STEPS = {
     "fit": "compute persona space, Assistant Axis and evidence",
     "report": "write report.html",
 }
+CONFIG_ENDINGS = (".yaml", ".yml")
 EPILOG = """\
 examples:
   personaspace run configs/demo.yaml
   personaspace run configs/demo.yaml --store.run second --generate.seed 1
   personaspace extract configs/demo.yaml --cluster.stages 3
+  personaspace fit runs/demo --analysis.components 16
   personaspace status runs/demo
   personaspace store ls runs
   ray job submit --address http://HEAD:8265 --working-dir . -- python -m personaspace run configs/demo.yaml
@@ -44,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_flags(f"personaspace {parsed.command} CONFIG")
         if parsed.target is None:
             raise InputError(f"{parsed.command}: give a config file, such as configs/demo.yaml.")
+        if parsed.command in ("fit", "report") and not parsed.target.endswith(CONFIG_ENDINGS):
+            return _analyse(parsed.target, parsed.command, flags)
         config = load_config(Path(parsed.target), flags, prog=f"personaspace {parsed.command} CONFIG")
         # Heavy libraries load here, so that --help and bad config files answer at once.
         from personaspace.run import carry_out
@@ -68,7 +72,10 @@ def _parser() -> argparse.ArgumentParser:
         # The flags' help comes from the config itself, so argparse must not answer --help here.
         command = commands.add_parser(name, help=description, add_help=False, allow_abbrev=False)
         command.add_argument(
-            "target", nargs="?", metavar="CONFIG", help="YAML file; every setting in it is also a flag"
+            "target",
+            nargs="?",
+            metavar="CONFIG",
+            help="YAML file; every setting in it is also a flag. fit and report also take a run",
         )
         command.add_argument("-h", "--help", action="store_true")
     status = commands.add_parser("status", help="how far a run is, and who writes it")
@@ -77,11 +84,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _analyse(target: str, step: str, flags: Sequence[str]) -> int:
+    """Fit or report a stored run, which needs no model and no config."""
+    from personaspace.run import analyse
+    from personaspace.store.location import open_folder
+
+    analyse(open_folder(target), [step], flags)
+    return 0
+
+
 def _status(target: str) -> int:
     from personaspace.store.catalog import describe, summarize
     from personaspace.store.location import open_folder, run_folder
 
-    if target.endswith((".yaml", ".yml")):
+    if target.endswith(CONFIG_ENDINGS):
         store = load_config(Path(target)).store
         folder = run_folder(store.root, store.run)
     else:

@@ -38,12 +38,7 @@ def carry_out(config: RunConfig, steps: Sequence[str]) -> None:
                 if "extract" in steps:
                     extract(job, fence, config.cluster, display.report)
         if "fit" in steps:
-            space = fit(job.folder, config.analysis)
-            layer = space.sel(layer=space.attrs["target_layer"])
-            print(
-                f"fit: {space.sizes['role']} roles, |cos(axis, PC1)| {float(layer['cos_axis_pc1']):.2f} at layer "
-                f"{int(layer['layer'])}"
-            )
+            _fit(job.folder, config)
         if "report" in steps:
             print(f"report: {publish_report(job.folder)}")
 
@@ -70,10 +65,25 @@ def compute_again(folder: Folder, found: Verification, flags: Sequence[str]) -> 
                 extract(job, fence, config.cluster, display.report)
 
 
-def fit_again(folder: Folder, flags: Sequence[str]) -> None:
-    """Compute fit and report of a stored run again."""
-    fit(folder, _config_of(folder, flags).analysis)
-    print(f"report: {publish_report(folder)}")
+def analyse(folder: Folder, steps: Sequence[str], flags: Sequence[str]) -> None:
+    """Do `fit` and `report` for a stored run, with the analysis settings that it was last made with.
+
+    Neither model nor personas are needed, so runs that were imported or copied from elsewhere can be fitted, too.
+    """
+    if "fit" in steps:
+        manifest = require_manifest(folder)
+        stored = manifest.execution.get("config", {"model": {"id": manifest.identity["model"]["name"]}})
+        config = stored_config({"config": stored}, folder.url, flags, prog="personaspace fit RUN")
+        _fit(folder, config)
+    if "report" in steps:
+        print(f"report: {publish_report(folder)}")
+
+
+def _fit(folder: Folder, config: RunConfig) -> None:
+    space = fit(folder, config.analysis)
+    layer = space.sel(layer=space.attrs["target_layer"])
+    cosine = float(layer["cos_axis_pc1"])
+    print(f"fit: {space.sizes['role']} roles, |cos(axis, PC1)| {cosine:.2f} at layer {int(layer['layer'])}")
 
 
 def _config_of(folder: Folder, flags: Sequence[str]) -> RunConfig:

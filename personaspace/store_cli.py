@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from personaspace.exchange_cli import add_exchange
 from personaspace.store.catalog import DamagedRun, RunSummary, describe, human_bytes, runs, summarize
 from personaspace.store.copying import copy_run, refuse_foreign_copy
 from personaspace.store.errors import InputError, IntegrityError, PersonaspaceError
@@ -31,6 +32,8 @@ examples:
   personaspace store verify s3://bucket/runs/demo
   personaspace store cp runs/demo s3://bucket/runs/demo
   personaspace store gc runs
+  personaspace store export runs/demo axis.gguf --format gguf
+  personaspace store import outputs runs/paper --model Qwen/Qwen3-32B
 
 RUN is the folder or URL of a run, ROOT of a store that holds runs. Credentials come from the environment
 (AWS_ACCESS_KEY_ID, ...) or the cloud SDK's own files."""
@@ -43,7 +46,7 @@ def add_commands(commands: Any) -> None:
     """Add `store` and what it can do to the command line's parser."""
     store = commands.add_parser(
         "store",
-        help="ls, show, verify, repair, freeze, cp, rm, gc, export, import",
+        help="ls, show, verify, repair, freeze, cp, rm, gc, export, import, convert",
         description=__doc__,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -79,6 +82,7 @@ def add_commands(commands: Any) -> None:
     collect = add("gc", "Delete what crashes and repeated fits left behind in a run, or in all runs of a store.", _gc)
     collect.add_argument("where", metavar="RUN_OR_ROOT")
     collect.add_argument("--foreign", action="store_true", help="also what is not part of a run at all")
+    add_exchange(add)
     for asking in (remove, collect):
         asking.add_argument("--yes", action="store_true", help="don't ask")
 
@@ -183,7 +187,7 @@ def _who(folder: Folder, found: Verification, rows: list[int]) -> str:
 
 
 def _repair(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
-    from personaspace.run import compute_again, fit_again
+    from personaspace.run import analyse, compute_again
 
     folder = open_folder(parsed.run)
     lost: list[str] = []
@@ -202,7 +206,7 @@ def _repair(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
             drop_replaced_records(fence, print)
             write_index(fence, require_manifest(folder))
         if any(problem.key.startswith("space/") for problem in found.harmful):
-            fit_again(folder, flags)
+            analyse(folder, ["fit", "report"], flags)
     left = verify(folder)
     print("\n".join([*lost, _findings(folder, left)]))
     return IntegrityError.exit_code if left.harmful else 0

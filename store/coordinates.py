@@ -1,20 +1,32 @@
 """A unit's coordinates as bytes."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from personaspace.store.layout import coordinate_key
 from personaspace.store.manifest import Manifest
-from personaspace.store.plan import PlannedRow
 from personaspace.store.schema import COORDINATES, STATUS, encode_coordinate
+
+
+class Placed(Protocol):
+    """A planned rollout, as far as its coordinates go."""
+
+    @property
+    def role_id(self) -> int: ...
+    @property
+    def prompt(self) -> int: ...
+    @property
+    def question(self) -> int: ...
+    @property
+    def sample(self) -> int: ...
 
 
 def unit_coordinates(
     manifest: Manifest,
     unit: int,
-    rows: Mapping[int, PlannedRow],
+    rows: Mapping[int, Placed],
     *,
     dropped: Mapping[int, str],
     tokens: Mapping[int, int],

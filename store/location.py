@@ -37,8 +37,8 @@ def is_run_name(name: str) -> bool:
     return _RUN.fullmatch(name) is not None
 
 
-def check_run_name(run: str) -> str:
-    """The name. Raises InputError for one that could leave the store."""
+def check_run_name(run: str, what: str = "store.run") -> str:
+    """The name of a run, or of ``what``. Raises InputError for one that could leave the store."""
     if not is_run_name(run):
-        raise InputError(f"store.run: {run!r} is no run name; use letters, digits, '.', '_' and '-'.")
+        raise InputError(f"{what}: {run!r} is no name; use letters, digits, '.', '_' and '-', first a letter or digit.")
     return run

@@ -4,6 +4,8 @@ It says which rollout belongs to which row before any is generated, so that a ru
 config whose roles and questions come in another order.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -36,6 +38,12 @@ class PlannedRow:
     prompt: int
     question: int
     sample: int
+
+
+def rollout_id(role: str, messages: Sequence[dict[str, str]], generation: str, sample: int) -> str:
+    """Permanent id of a rollout: 16 hex digits of a hash over all that decides it."""
+    content = json.dumps([role, list(messages), generation, sample], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def plan_key(segment: int) -> str:

@@ -150,9 +150,8 @@ def select(
 def _slices(places: Sequence[int]) -> list[slice]:
     """Slices that give these places in this order, as few as they can be."""
     starts = [i for i, place in enumerate(places) if i == 0 or places[i - 1] != place - 1]
-    return [
-        slice(places[start], places[end - 1] + 1) for start, end in zip(starts, [*starts[1:], len(places)], strict=True)
-    ] or [slice(0, 0)]
+    ends = [*starts[1:], len(places)]
+    return [slice(places[i], places[j - 1] + 1) for i, j in zip(starts, ends, strict=False)] or [slice(0, 0)]
 
 
 def _as_slice(rows: NDArray[np.intp]) -> NDArray[np.intp] | slice:

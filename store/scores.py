@@ -93,13 +93,18 @@ def restore_scores(fence: Fence, layout: Layout, slot: Slot, generation: int) ->
     return False
 
 
+def check_judge(judge: str) -> str:
+    """The name of a judge. Raises InputError for one that could leave the folder."""
+    return check_run_name(judge, "judge")
+
+
 def scores_slot(judge: str, unit: int) -> Slot:
     """Slot of one unit's scores. Raises InputError for a judge's name that could leave the folder."""
-    return (f"{SCORES}.{check_run_name(judge)}", unit, 0)
+    return (f"{SCORES}.{check_judge(judge)}", unit, 0)
 
 
 def scores_key(judge: str, unit: int) -> str:
-    return f"{SCORES}/{check_run_name(judge)}/{unit:06d}.parquet"
+    return f"{SCORES}/{check_judge(judge)}/{unit:06d}.parquet"
 
 
 def judges(committed: Mapping[Slot, int]) -> list[str]:

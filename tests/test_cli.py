@@ -84,6 +84,20 @@ def test_main_job_from_model_to_report(tmp_path: Path, model: Path, capsys: pyte
     assert "generate.seed: 0 -> 5" in refusal
     assert "Nothing was changed." in refusal
 
+    larger = ["extract", str(config), "--personas.max-questions", "9"]
+    assert main(larger) == 2
+    refusal = capsys.readouterr().err
+    assert "this run has 48 rollouts; the config plans 6 that it does not have, and lacks 0 of its own." in refusal
+    assert "Add --store.grow" in refusal
+    assert len(open_run(run)["rollout"]) == 48
+    assert main(["generate", *larger[1:], "--store.grow"]) == 0
+    assert "(identity " in capsys.readouterr().out
+    assert main(["status", str(config)]) == 0
+    status = capsys.readouterr().out
+    assert "planned    54 rollouts in 2 segments: 5 roles, 9 questions" in status
+    assert "generated  54/54 rollouts" in status
+    assert "extracted  48/54 rollouts (0 dropped)" in status
+
 
 def refuse(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str, *, root: Path) -> None:
     before = sorted(root.rglob("*"))
@@ -138,7 +152,7 @@ def test_refuses_a_target_layer_beyond_the_model(
 ) -> None:
     config = write_config(tmp_path, model)
     arguments = ["run", str(config), "--analysis.target-layer", "6"]
-    refuse(capsys, arguments, "analysis.target_layer: 6; the model has layers 0 to 5.", root=tmp_path)
+    refuse(capsys, arguments, "analysis.target_layer: 6; the run has layers 0 to 5.", root=tmp_path)
 
 
 def test_refuses_a_run_name_with_a_path(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,6 +172,33 @@ def test_status_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     refuse(capsys, ["status", str(tmp_path / "runs")], "no run here (no run.json)", root=tmp_path)
 
 
+def test_status_of_a_damaged_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.json").write_text('{"schema_version": 2}')
+    assert main(["status", str(tmp_path)]) == 4
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path}/run.json: 21 bytes that don't match their own checksum")
+    assert "Traceback" not in error
+
+
+def test_credentials_in_a_url_are_refused_and_not_repeated(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, model)
+    url = "s3://AKIAEXAMPLE:wJalrSECRET@bucket/runs"
+    for arguments in (["run", str(config), "--store.root", url], ["status", url], ["store", "ls", url]):
+        assert main(arguments) == 2
+        printed = capsys.readouterr()
+        assert "s3://...: the URL carries credentials. They belong into the environment" in printed.err
+        assert "wJalr" not in printed.out + printed.err
+        assert "AKIAEXAMPLE" not in printed.out + printed.err
+
+
+def test_refuses_layers_beyond_the_model(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path, model)
+    arguments = ["run", str(config), "--extract.layers", "2", "6"]
+    refuse(capsys, arguments, "extract.layers: [6]; give some of the layers 0 to 5.", root=tmp_path)
+
+
 def test_help_lists_commands_and_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
@@ -166,5 +207,12 @@ def test_help_lists_commands_and_every_setting(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         main(["run", "--help"])
     text = capsys.readouterr().out
-    for flag in ("--model.id", "--personas.default-samples", "--store.precision", "--cluster.stages"):
+    for flag in (
+        "--model.id",
+        "--personas.default-samples",
+        "--store.precision",
+        "--store.grow",
+        "--extract.layers",
+        "--cluster.stages",
+    ):
         assert flag in text

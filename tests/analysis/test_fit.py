@@ -138,7 +138,7 @@ def test_axis_vectors_and_positions_are_those_of_the_stored_rollouts(folder: Loc
 
 def test_refit_replaces_the_latest_and_leaves_one_space(folder: LocalFolder) -> None:
     write(folder)
-    for components in (3, 4):
+    for components in (2, 3):
         fit(folder, AnalysisConfig(permutations=20, components=components))
     names = sorted(path.name for path in (folder.path / "space").iterdir())
     assert len(names) == 2
@@ -146,7 +146,7 @@ def test_refit_replaces_the_latest_and_leaves_one_space(folder: LocalFolder) -> 
     assert names[1] == "latest.json"
     assert json.loads((folder.path / "space" / "latest.json").read_text())["name"] == names[0]
     assert open_space(folder).attrs["target_layer"] == 1
-    assert open_space(folder).sizes["component"] == 4
+    assert open_space(folder).sizes["component"] == 3
 
 
 def test_half_finished_run_can_be_fitted_and_reported(folder: LocalFolder) -> None:
@@ -172,7 +172,7 @@ def test_only_layers_that_every_rollout_has_are_fitted(folder: LocalFolder) -> N
         fit(folder, AnalysisConfig(permutations=20, target_layer=1))
 
 
-@pytest.mark.parametrize(("units", "default", "others"), [(0, 0, 0), (1, 1, 0), (2, 1, 1)])
+@pytest.mark.parametrize(("units", "default", "others"), [(1, 1, 0), (2, 1, 1)])
 def test_too_little_to_fit(folder: LocalFolder, units: int, default: int, others: int) -> None:
     write(folder, units=units)
     message = (
@@ -186,6 +186,12 @@ def test_too_little_to_fit(folder: LocalFolder, units: int, default: int, others
         open_space(folder)
     with pytest.raises(InputError, match="no persona space yet; run `fit` first"):
         publish_report(folder)
+
+
+def test_nothing_to_fit(folder: LocalFolder) -> None:
+    write(folder, units=0)
+    with pytest.raises(InputError, match=r"run: no extracted rollouts yet; run `extract` first\.$"):
+        fit(folder, AnalysisConfig(permutations=20))
 
 
 def test_no_run_to_fit(folder: LocalFolder) -> None:

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-import obstore
 
-from personaspace.store import local, remote
+from personaspace.store import local
 from personaspace.store.local import LocalFolder
 from personaspace.store.objects import Folder, ObjectInfo
 from personaspace.store.remote import RemoteFolder
@@ -212,19 +211,3 @@ def free_port() -> int:
 def _answers(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-# Both until remote.py does so itself: it drops AWS_ALLOW_HTTP, and passes `version: None`, which obstore refuses.
-_from_url, _put = remote.from_url, obstore.put
-
-
-def _with_http(url: str, *, client_options: dict[str, Any], **options: Any) -> Any:
-    return _from_url(url, client_options={"allow_http": True, **client_options}, **options)
-
-
-def _without_none(*arguments: Any, mode: Any = "overwrite", **options: Any) -> Any:
-    kept = {name: value for name, value in mode.items() if value is not None} if isinstance(mode, dict) else mode
-    return _put(*arguments, mode=kept, **options)
-
-
-remote.from_url, obstore.put = _with_http, _without_none

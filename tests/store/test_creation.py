@@ -316,9 +316,10 @@ def test_a_fenced_out_driver_creates_nothing(fence: Fence) -> None:
 def test_a_folder_with_something_else_is_refused(tmp_path: Path, key: str) -> None:
     folder = LocalFolder(tmp_path / "run")
     folder.put_new(key, b"precious")
-    message = rf"^{folder.url}: holds \['{key.split('/')[0]}'\], but no run\.json; choose an empty place for the run\.$"
+    message = rf"^{folder.url}: holds \['{key.split('/')[0]}'\], but no run\.json; choose an empty place for the run\."
     with pytest.raises(InputError, match=message):
         refuse_foreign(folder)
+    refuse_foreign(folder, also=[key.split("/")[0]])
     folder.replace(MANIFEST, b"")
     refuse_foreign(folder)
 

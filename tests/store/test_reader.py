@@ -4,7 +4,7 @@ import pickle
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -281,19 +281,29 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> LocalFolder:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Key in the Zarr group and bytes of every read that found something, from here on."""
+    """Key in the Zarr group and bytes of every read from it, from here on, through the folder or through Zarr."""
     found: list[tuple[str, int]] = []
-    get = LocalStore.get
 
-    async def counted(
-        self: LocalStore, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
-        data = await get(self, key, prototype, byte_range)
-        if data is not None:
-            found.append((key, len(data)))
+    def count(key: str, data: Any) -> Any:
+        if data is not None and key.startswith(f"{ZARR_GROUP}/"):
+            found.append((key.removeprefix(f"{ZARR_GROUP}/"), len(data)))
         return data
 
-    monkeypatch.setattr(LocalStore, "get", counted)
+    def counting(read: Callable[..., bytes]) -> Callable[..., bytes]:
+        return lambda self, key, *place: count(key, read(self, key, *place))
+
+    for name in ("get", "get_range", "get_tail"):
+        monkeypatch.setattr(LocalFolder, name, counting(getattr(LocalFolder, name)))
+    read = LocalStore.get
+
+    async def counted_by_zarr(
+        self: LocalStore, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        data = await read(self, key, prototype, byte_range)
+        count(f"{ZARR_GROUP}/{key}", data)
+        return data
+
+    monkeypatch.setattr(LocalStore, "get", counted_by_zarr)
     return found
 
 
@@ -304,10 +314,19 @@ def shards_read(reads: list[tuple[str, int]]) -> set[str]:
 
 def test_opening_reads_no_data(wide: LocalFolder, reads: list[tuple[str, int]]) -> None:
     run = open_run(wide)
-    assert {key for key, _ in reads} <= {"zarr.json", "layer/c/0"}
+    assert [key for key, _ in reads if "/c/" in key] == []
     reads.clear()
     select(run, role="poet", prompt=1, question="q1", layer=5)
     assert reads == []
+
+
+def test_every_read_is_counted(wide: LocalFolder, reads: list[tuple[str, int]]) -> None:
+    open_run(wide)[RESID_POST_MEAN].load()
+    stored = {entry.key: entry.bytes for entry in wide.list(f"{ZARR_GROUP}/{RESID_POST_MEAN}/c")}
+    assert {f"{ZARR_GROUP}/{key}": size for key, size in reads} == stored
+    reads.clear()
+    xr.open_zarr(wide.path / ZARR_GROUP)["status"].load()
+    assert ("status/c/3", 8) in reads
 
 
 @pytest.mark.parametrize(
@@ -334,19 +353,27 @@ def test_selecting_reads_only_the_shards_it_needs(
     assert shards_read(reads) == shards
 
 
-@pytest.mark.parametrize("wanted", [{"layer": 5}, {"layer": [5]}, {"layer": [4, 5]}])
+@pytest.mark.parametrize("layer", [5, [5], [4, 5], [6, 4], 7])
+@pytest.mark.parametrize("wanted", [{"role": "poet"}, {"role": "poet", "prompt": 1}, {}])
 def test_selecting_layers_reads_only_their_inner_chunks(
-    wide: LocalFolder, reads: list[tuple[str, int]], wanted: dict[str, Any]
+    wide: LocalFolder, reads: list[tuple[str, int]], wanted: dict[str, Any], layer: Any
 ) -> None:
     """Of a group of four layers; on large models, a group has ten."""
-    layers = np.atleast_1d(wanted["layer"])
+    layers = np.atleast_1d(layer)
     run = open_run(wide)
     reads.clear()
-    chosen = select(run, role="poet", **wanted)[RESID_POST_MEAN]
-    np.testing.assert_array_equal(chosen.values, values(WIDE)[4:8][:, layers])
-    shard = len(wide.get(shard_key(RESID_POST_MEAN, 1, 1)))
-    index = 4 * 16 + 4
-    assert sum(size for _, size in reads) == pytest.approx((shard - index) / 4 * len(layers) + index, rel=0.05)
+    chosen = select(run, layer=layer, **wanted)[RESID_POST_MEAN]
+    rows = [int(identity, 16) for identity in chosen["rollout_id"].values]
+    np.testing.assert_array_equal(chosen.values, values(WIDE)[rows][:, layers])
+    units = sorted({row // WIDE.unit_rows for row in rows})
+    index = WIDE.layer_group * 16 + 4
+    needed = 0.0
+    for unit in units:
+        shard = len(wide.get(shard_key(RESID_POST_MEAN, unit, 1)))
+        needed += (shard - index) / WIDE.layer_group * len(layers) + index * len(layers)
+    del reads[-len(units) :]  # Those of the lines above.
+    assert shards_read(reads) == {f"{unit}/1/0" for unit in units}
+    assert sum(size for _, size in reads) <= needed * 1.05
 
 
 def test_a_mean_over_one_role_reads_each_shard_once(wide: LocalFolder, reads: list[tuple[str, int]]) -> None:
@@ -354,7 +381,8 @@ def test_a_mean_over_one_role_reads_each_shard_once(wide: LocalFolder, reads: li
     reads.clear()
     mean = select(run, role="hacker")[RESID_POST_MEAN].mean("rollout").values
     np.testing.assert_allclose(mean, values(WIDE)[8:].mean(axis=0), rtol=1e-5, atol=1e-6)
-    assert len(reads) == len(shards_read(reads)) == 8 * 2
+    assert sorted(reads) == sorted(set(reads))
+    assert len(shards_read(reads)) == 8 * 2
 
 
 # States and processes.

@@ -46,14 +46,14 @@ def give(fence: Fence, judge: str, scores: dict[int, float], generation: int = 0
 
 def read(fence: Fence, judge: str | None = None) -> list[float | None]:
     """Score of every row, None where there is none."""
-    scores = read_scores(fence.folder, LAYOUT, judge)
+    scores = read_scores(fence.folder, LAYOUT, committed_slots(fence.folder), judge)
     assert scores is not None
     assert scores.dtype == np.float32
     return [None if np.isnan(score) else float(score) for score in scores]
 
 
 def test_scores_lie_at_their_rows(fence: Fence) -> None:
-    assert read_scores(fence.folder, LAYOUT) is None
+    assert read_scores(fence.folder, LAYOUT, committed_slots(fence.folder)) is None
     give(fence, JUDGE, {9: 3.0, 8: 0.0})
     give(fence, JUDGE, {1: 2.0})
     assert read(fence) == read(fence, JUDGE) == [None, 2.0, *[None] * 6, 0.0, 3.0, None, None]
@@ -80,24 +80,24 @@ def test_several_judges_are_kept_apart(fence: Fence) -> None:
     assert judges(committed_slots(fence.folder)) == ["a", "a.b"]
     assert read(fence, "a")[:2] == [1.0, None]
     assert read(fence, "a.b")[:2] == [2.0, 3.0]
-    assert read_scores(fence.folder, LAYOUT) is None
+    assert read_scores(fence.folder, LAYOUT, committed_slots(fence.folder)) is None
 
 
 def test_an_unknown_judge_is_refused(fence: Fence) -> None:
     with pytest.raises(InputError, match=r": no scores of 'c'\. Judges with scores: none\.$"):
-        read_scores(fence.folder, LAYOUT, "c")
+        read_scores(fence.folder, LAYOUT, committed_slots(fence.folder), "c")
     give(fence, "b", {0: 1.0})
     give(fence, "a", {0: 1.0})
     message = f"{fence.folder.url}: no scores of 'c'. Judges with scores: a, b."
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
-        read_scores(fence.folder, LAYOUT, "c")
+        read_scores(fence.folder, LAYOUT, committed_slots(fence.folder), "c")
 
 
 @pytest.mark.parametrize("judge", ["../x", "a/b", "", ".hidden", "a b"])
 def test_a_judge_whose_name_could_leave_the_folder_is_refused(fence: Fence, judge: str) -> None:
     before = sorted(entry.key for entry in fence.folder.list())
     for call in (scores_key, scores_slot):
-        with pytest.raises(InputError, match="use letters, digits, '.', '_' and '-'") as error:
+        with pytest.raises(InputError, match=r"use letters, digits, '\.', '_' and '-'\.$") as error:
             call(judge, 0)
         assert "judge" in str(error.value)
         assert repr(judge) in str(error.value)
@@ -126,7 +126,7 @@ def test_damaged_scores_are_an_error_and_not_none(fence: Fence) -> None:
     key = scores_key(JUDGE, 1)
     fence.folder.replace(key, fence.folder.get(key)[:-1])
     with pytest.raises(IntegrityError, match=re.escape(f"{fence.folder.url}/{key}: ")):
-        read_scores(fence.folder, LAYOUT)
+        read_scores(fence.folder, LAYOUT, committed_slots(fence.folder))
 
 
 @pytest.mark.parametrize("damaged", ["first", "copy"])
@@ -163,13 +163,13 @@ def test_scores_without_a_sound_copy_are_lost(fence: Fence) -> None:
         fence.folder.replace(lost, fence.folder.get(lost)[:-1])
     assert not restore_scores(fence, LAYOUT, scores_slot(JUDGE, 1), 0)
     with pytest.raises(IntegrityError, match="differ from their record"):
-        read_scores(fence.folder, LAYOUT)
+        read_scores(fence.folder, LAYOUT, committed_slots(fence.folder))
 
 
 def test_a_fenced_out_judge_scores_nothing(fence: Fence) -> None:
     with pytest.raises(LeaseError, match="lease epoch 0 has ended"):
         give(Fence(fence.folder, 0), JUDGE, {4: 2.0})
-    assert read_scores(fence.folder, LAYOUT) is None
+    assert read_scores(fence.folder, LAYOUT, committed_slots(fence.folder)) is None
 
 
 def test_open_run_joins_the_only_judge_or_the_one_named(fence: Fence) -> None:

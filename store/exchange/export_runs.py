@@ -73,15 +73,15 @@ def choose_rollouts(
         if role not in known:
             raise InputError(f"{folder.url}: no role {role!r} in this run; it has {some(known)}.")
         check_role_name(role, folder.url)
-    chosen = [role for role in known if role in (roles or known)]
+    chosen = {role: number for number, role in enumerate(known) if role in (roles or known)}
     run = _open(folder, scores)
-    role_N, status_N = run["role"].values, run["status"].values
-    asked_N = np.isin(role_N, chosen)
+    role_N, status_N = run["role_id"].values, run["status"].values
+    asked_N = np.isin(role_N, list(chosen.values()))
     if sample is not None:
         asked_N &= run["sample"].values == sample
     counts = Counter(STATUS[code] for code in status_N[asked_N].tolist())
     usable_N = asked_N & (status_N == STATUS.index("ok"))
-    rows = {role: np.flatnonzero(usable_N & (role_N == role)).tolist() for role in chosen}
+    rows = {role: np.flatnonzero(usable_N & (role_N == number)).tolist() for role, number in chosen.items()}
     if not counts["ok"]:
         which = "" if sample is None else f" with sample {sample}"
         raise InputError(

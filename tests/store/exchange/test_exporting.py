@@ -13,19 +13,19 @@ import yaml
 from personaspace.extract.personas import plan_imported
 from personaspace.store import open_run
 from personaspace.store.errors import InputError
-from personaspace.store.exporting import directions_of, export
+from personaspace.store.exchange.export import directions_of, export
+from personaspace.store.exchange.import_run import import_assistant_axis
+from personaspace.store.exchange.import_scores import import_scores
 from personaspace.store.formats.gguf_files import read_control_vector
 from personaspace.store.formats.role_vectors import read_role_vectors
 from personaspace.store.formats.safetensors_files import read_directions
-from personaspace.store.importing import import_assistant_axis
-from personaspace.store.importing_scores import import_scores
 from personaspace.store.local import LocalFolder
 from personaspace.store.rollouts import read_rollouts
 from personaspace.store.schema import RESID_POST_MEAN
 from personaspace.store.space import open_space
 from tests.store import small_runs
-from tests.store.exported_runs import fitted_run, quiet
-from tests.store.reference_files import PROMPTS, activations, responses, scores, write_output
+from tests.store.exchange.exported_runs import fitted_run, quiet
+from tests.store.exchange.reference_files import PROMPTS, activations, responses, scores, write_output
 
 
 @pytest.fixture(scope="module")

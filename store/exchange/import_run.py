@@ -16,11 +16,11 @@ from personaspace.store.config import Precision
 from personaspace.store.coordinates import unit_coordinates
 from personaspace.store.creation import refuse_foreign, write_run
 from personaspace.store.errors import InputError
+from personaspace.store.exchange.import_scores import ScoreFiles, commit_judgement, match_scores
+from personaspace.store.exchange.source import Source, SourceRole, read_source
 from personaspace.store.formats.assistant_axis import Response, read_role_responses
 from personaspace.store.formats.role_names import DEFAULT_ROLE
 from personaspace.store.holding import holding
-from personaspace.store.importing_scores import ScoreFiles, commit_judgement, match_scores
-from personaspace.store.importing_source import Source, SourceRole, read_source
 from personaspace.store.index import write_index
 from personaspace.store.layout import Layout, choose_layer_group, choose_unit_rows, rollouts_key, shard_key
 from personaspace.store.lease import Fence
@@ -111,7 +111,7 @@ class _Import:
         say: Callable[[str], None],
     ) -> None:
         self._fence, self._manifest, self._source, self._precision, self._say = fence, manifest, source, precision, say
-        self._redo = redo
+        self._redo, self._damaged_units = redo, {unit for _, unit, _ in redo}
         self._layout = manifest.layout
         self._rows = {row.row: row for row in source.rows}
         self._committed = committed_slots(fence.folder)
@@ -125,7 +125,7 @@ class _Import:
             self._say(f"{role.id}: {len(role.rows)} rollouts ({number} of {len(self._source.roles)} roles)")
 
     def _is_done(self, unit: int) -> bool:
-        return (COORDINATES_RECORD, unit, 0) in self._committed and unit not in {slot[1] for slot in self._redo}
+        return (COORDINATES_RECORD, unit, 0) in self._committed and unit not in self._damaged_units
 
     def _import_role(self, role: SourceRole, missing: set[int]) -> None:
         from personaspace.store.formats.torch_files import iter_activations

@@ -13,13 +13,13 @@ from personaspace.store import open_run
 from personaspace.store.commit import ROLLOUTS, commit, record_key
 from personaspace.store.creation import write_run
 from personaspace.store.errors import InputError, IntegrityError
-from personaspace.store.exporting import EXPORTS, export
+from personaspace.store.exchange.export import EXPORTS, export
 from personaspace.store.layout import rollouts_key
 from personaspace.store.lease import Fence
 from personaspace.store.local import LocalFolder
 from personaspace.store.rollouts import encode_rollouts
 from tests.store import small_runs
-from tests.store.exported_runs import PLACE, fitted_run, make, quiet
+from tests.store.exchange.exported_runs import PLACE, fitted_run, make, quiet
 
 
 @pytest.fixture(scope="module")

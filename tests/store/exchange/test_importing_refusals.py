@@ -12,7 +12,7 @@ import torch
 
 from personaspace.store.errors import InputError
 from personaspace.store.local import LocalFolder
-from tests.store.reference_files import (
+from tests.store.exchange.reference_files import (
     HIDDEN,
     LAYERS,
     import_all,

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personaspace.store.errors import InputError
-from personaspace.store.exporting import refuse_bad_place, write_fit
-from personaspace.store.exporting_runs import write_vectors
+from personaspace.store.exchange.export import refuse_bad_place, write_fit
+from personaspace.store.exchange.export_runs import write_vectors
 from personaspace.store.formats.capping_json import read_capping_json, write_capping_json
 from personaspace.store.formats.directions import Directions
 from personaspace.store.formats.files import naming, replacing_parts

@@ -4,7 +4,6 @@ Responses are read role by role and not kept; of the activations only keys and s
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from personaspace.store.formats.assistant_axis import Response, read_role_respon
 from personaspace.store.formats.assistant_axis_scores import response_key
 from personaspace.store.formats.directions import some
 from personaspace.store.formats.role_names import DEFAULT_ROLE, check_role_name, role_files
-from personaspace.store.plan import PlannedRow
+from personaspace.store.plan import PlannedRow, rollout_id
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,8 +108,7 @@ def read_source(folder: Path, say: Callable[[str], None]) -> Source:
 def imported_id(response: Response) -> str:
     """Permanent id of an imported rollout, the same as where `generate.responses` imports it."""
     *messages, answer = response.conversation
-    content = json.dumps([response.role, messages, f"imported {answer['content']}", 0], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    return rollout_id(response.role, messages, f"imported {answer['content']}", 0)
 
 
 def _pairs(folder: Path) -> list[tuple[str, Path, Path]]:

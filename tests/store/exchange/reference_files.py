@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from personaspace.store.importing import import_assistant_axis
+from personaspace.store.exchange.import_run import import_assistant_axis
 from personaspace.store.objects import Folder
 
 LAYERS, HIDDEN = 5, 8

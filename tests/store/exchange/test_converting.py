@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from personaspace.store.converting import convert_directions, read_any
 from personaspace.store.errors import InputError
+from personaspace.store.exchange.convert import convert_directions, read_any
 from personaspace.store.formats.directions import Directions
 from personaspace.store.formats.gguf_files import read_control_vector, write_control_vector
 from personaspace.store.formats.role_vectors import write_role_vectors

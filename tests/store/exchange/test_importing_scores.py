@@ -13,15 +13,15 @@ import pytest
 from personaspace.store import open_run
 from personaspace.store.creation import write_run
 from personaspace.store.errors import InputError
+from personaspace.store.exchange.import_run import import_assistant_axis
+from personaspace.store.exchange.import_scores import import_scores
 from personaspace.store.freeze import freeze_run
-from personaspace.store.importing import import_assistant_axis
-from personaspace.store.importing_scores import import_scores
 from personaspace.store.lease import acquire
 from personaspace.store.local import LocalFolder
 from personaspace.store.manifest import require_manifest
 from personaspace.store.verify import verify
 from tests.store import small_runs
-from tests.store.reference_files import key, write_output, write_scores
+from tests.store.exchange.reference_files import key, write_output, write_scores
 
 
 def judge(source: Path, folder: LocalFolder, name: str = "gpt") -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from personaspace.store.errors import InputError
-from personaspace.store.exporting_runs import choose_rollouts, rollout_tables, write_assistant_axis
+from personaspace.store.exchange.export_runs import choose_rollouts, rollout_tables, write_assistant_axis
 from personaspace.store.formats.directions import Directions, some
 from personaspace.store.formats.gguf_files import write_control_vector
 from personaspace.store.formats.hf_dataset import DatasetCard, write_dataset

@@ -23,7 +23,7 @@ from personaspace.store.plan import read_plan
 from personaspace.store.rollouts import read_rollouts
 from personaspace.store.schema import RESID_POST_MEAN
 from personaspace.store.verify import verify
-from tests.store.reference_files import (
+from tests.store.exchange.reference_files import (
     HIDDEN,
     LAYERS,
     PROMPTS,

@@ -1,0 +1,200 @@
+"""Disks that are full, read-only or closed to this user: one clear error, nothing torn, and the same work goes on."""
+
+import multiprocessing
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from personaspace.store import open_run
+from personaspace.store.commit import committed_slots
+from personaspace.store.errors import PersonaspaceError, StorageError
+from personaspace.store.index import write_index
+from personaspace.store.lease import LEASE, Fence, acquire
+from personaspace.store.local import LocalFolder
+from personaspace.store.manifest import MANIFEST, read_manifest
+from personaspace.store.objects import SCRATCH
+from personaspace.store.schema import RESID_POST_MEAN
+from personaspace.store.verify import verify
+from tests.store import small_runs
+from tests.store.small_runs import LAYOUT, commit_coordinates, commit_rollouts, commit_shards, create
+from tests.store.storages import contents
+
+NOBODY = 65534
+PROCESSES = multiprocessing.get_context("fork")
+SAFE = r"What is committed is safe; the same command resumes\.$"
+
+
+@pytest.fixture
+def open_place() -> Iterator[Path]:
+    """A folder that every user may enter, as pytest's own are not."""
+    with tempfile.TemporaryDirectory() as path:
+        os.chmod(path, 0o755)
+        yield Path(path)
+
+
+@pytest.fixture
+def disk(open_place: Path) -> Iterator[Path]:
+    """A file system of 512 kB."""
+    place = open_place / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k,mode=777", "tmpfs", str(place)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"NOT TESTED: disks that are full or read-only, since this user may not mount: {done.stderr}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill(disk: Path, *, spare: int) -> Path:
+    """A file that leaves so many bytes of the disk."""
+    ballast = disk / "ballast"
+    free = os.statvfs(disk)
+    ballast.write_bytes(bytes(free.f_bavail * free.f_bsize - spare))
+    return ballast
+
+
+def as_nobody(work: Callable[[], Any]) -> str:
+    """What the work comes to for a user without rights: its answer, or its error."""
+    answers = PROCESSES.SimpleQueue()
+
+    def run() -> None:
+        if os.getuid() == 0:
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+        try:
+            answers.put(f"done: {work()}")
+        except PersonaspaceError as error:
+            answers.put(f"{type(error).__name__}: {error}")
+        except BaseException as error:
+            answers.put(f"NOT EXPLAINED: {error!r}")
+
+    process = PROCESSES.Process(target=run)
+    process.start()
+    answer = str(answers.get())
+    process.join()
+    return answer
+
+
+def write_all(fence: Fence) -> None:
+    """A whole run; what is there already is left as it is."""
+    manifest = read_manifest(fence.folder) or create(fence)
+    commit_rollouts(fence, LAYOUT, range(LAYOUT.units))
+    commit_shards(fence, LAYOUT, small_runs.ALL)
+    commit_coordinates(fence, LAYOUT, range(LAYOUT.units))
+    write_index(fence, manifest)
+
+
+def assert_complete(folder: LocalFolder) -> None:
+    np.testing.assert_array_equal(open_run(folder)[RESID_POST_MEAN].values, small_runs.values())
+    assert verify(folder).problems == ()
+
+
+# Steps of one page, so that the disk gets full in every kind of write: creation, rollouts, shards, records.
+@pytest.mark.parametrize("spare", range(0, 340_000, 20_480))
+def test_full_disk_tears_nothing_and_the_work_goes_on_when_there_is_space(disk: Path, spare: int) -> None:
+    folder = LocalFolder(disk / "run")
+    ballast = fill(disk, spare=spare)
+    try:
+        with acquire(folder, timeout=60, say=pytest.fail) as lease:
+            write_all(lease.fence)
+    except StorageError as error:
+        assert "it failed. The disk is full: free some space. What is committed is safe" in str(error)  # noqa: PT017
+    else:
+        assert spare > 250_000
+    assert list((folder.path / SCRATCH).glob("*")) == []
+    before = contents(folder, but=(LEASE,))
+    if read_manifest(folder) is not None:
+        assert {problem.kind for problem in verify(folder).problems} <= {"orphan", "missing"}
+        assert all(problem.key.endswith("run.copy.json") for problem in verify(folder).harmful)
+        shown = open_run(folder)[RESID_POST_MEAN].values
+        assert (np.isnan(shown) | (shown == small_runs.values())).all()
+    ballast.unlink()
+    with acquire(folder, timeout=60, say=pytest.fail) as lease:
+        write_all(lease.fence)
+    assert_complete(folder)
+    assert all(folder.get(key) == data for key, data in before.items() if not key.startswith("index"))
+
+
+def test_full_disk_stops_neither_readers_nor_the_lease_for_good(disk: Path) -> None:
+    folder = LocalFolder(disk / "run")
+    with acquire(folder, timeout=1, say=pytest.fail) as lease:
+        write_all(lease.fence)
+        ballast = fill(disk, spare=0)
+        with pytest.raises(StorageError, match=r"lease\.json: writing it failed\. The disk is full"):
+            acquire(LocalFolder(disk / "other"), timeout=1, say=pytest.fail)
+        np.testing.assert_array_equal(open_run(folder)[RESID_POST_MEAN].values, small_runs.values())
+        beat = folder.get(LEASE)
+        assert folder.get(LEASE) == beat
+        ballast.unlink()
+        lease.fence.check()
+    assert acquire(folder, timeout=1, say=pytest.fail).epoch == 2
+
+
+def test_read_only_disk_is_read_and_not_written(disk: Path) -> None:
+    folder = LocalFolder(disk / "run")
+    with acquire(folder, timeout=60, say=pytest.fail) as lease:
+        write_all(lease.fence)
+    before = contents(folder)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    assert_complete(folder)
+    for work in (
+        lambda: acquire(folder, timeout=60, say=pytest.fail),
+        lambda: folder.put_new("a", b"data"),
+        lambda: folder.replace("a", b"data"),
+        lambda: folder.compare_and_swap("a", None, b"data"),
+        lambda: folder.delete(MANIFEST),
+        lambda: LocalFolder(disk / "new").put_new("a", b"data"),
+    ):
+        with pytest.raises(StorageError, match=rf"file system is read-only: choose another --store\.root.*{SAFE}"):
+            work()
+    assert contents(folder) == before
+    subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+    acquire(folder, timeout=60, say=pytest.fail).fence.check()
+
+
+@pytest.fixture
+def foreign(open_place: Path) -> LocalFolder:
+    """A complete run that another user may read."""
+    folder = LocalFolder(open_place / "runs" / "run")
+    with acquire(folder, timeout=60, say=pytest.fail) as lease:
+        write_all(lease.fence)
+    return folder
+
+
+def test_run_of_another_user_is_read_and_not_written(foreign: LocalFolder) -> None:
+    subprocess.run(["chmod", "-R", "a-w,a+rX", str(foreign.path)], check=True)
+    before = contents(foreign)
+    assert as_nobody(lambda: assert_complete(foreign)) == "done: None"
+    for work in (
+        lambda: acquire(foreign, timeout=60, say=print),
+        lambda: foreign.put_new("a", b"data"),
+        lambda: foreign.replace(MANIFEST, b"data"),
+        lambda: foreign.delete(MANIFEST),
+        lambda: LocalFolder(foreign.path.parent / "new").put_new("a", b"data"),
+    ):
+        answer = as_nobody(work)
+        assert answer.startswith(f"StorageError: {foreign.path.parent}/"), answer
+        assert "Permission denied: make the folder writable for this user, or choose another --store.root." in answer
+    assert contents(foreign) == before
+
+
+@pytest.mark.parametrize("closed", ["commits", "commits/000001", "activations.zarr", "plan", "", MANIFEST, LEASE])
+def test_what_may_not_be_read_is_an_error_and_never_missing(foreign: LocalFolder, closed: str) -> None:
+    """Commits that can't be listed for this user must not look like a run without them."""
+    os.chmod(foreign.path / closed, 0)
+    for work in (
+        lambda: len(committed_slots(foreign)) + len(open_run(foreign)[RESID_POST_MEAN].values),
+        lambda: acquire(foreign, timeout=60, say=print),
+        lambda: verify(foreign),
+    ):
+        answer = as_nobody(work)
+        readable = closed == LEASE and answer == "done: 24"
+        assert readable or (answer.startswith("StorageError: ") and "Permission denied" in answer), answer
