@@ -14,13 +14,13 @@ from personaspace.analysis.config import AnalysisConfig
 from personaspace.analysis.evidence import Evidence, gather_evidence
 from personaspace.analysis.space import PersonaSpace, align_layers, fit_space
 from personaspace.store.errors import InputError
+from personaspace.store.formats.role_names import DEFAULT_ROLE
+from personaspace.store.layout import ranges
 from personaspace.store.manifest import require_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.reader import open_run, stored_layers
 from personaspace.store.schema import RESID_POST_MEAN
 from personaspace.store.space import save_space
-
-DEFAULT_ROLE = "default"
 
 
 def fit(folder: Folder, config: AnalysisConfig) -> xr.Dataset:
@@ -100,15 +100,8 @@ def target_layer(config: AnalysisConfig, layers: Sequence[int]) -> int:
     if config.target_layer is None:
         return layers[len(layers) // 2] if layers else 0
     if layers and config.target_layer not in layers:
-        raise InputError(f"analysis.target_layer: {config.target_layer}; the run has layers {_ranges(layers)}.")
+        raise InputError(f"analysis.target_layer: {config.target_layer}; the run has layers {ranges(layers)}.")
     return config.target_layer
-
-
-def _ranges(layers: Sequence[int]) -> str:
-    """Such as `0 to 4, 10 to 14`."""
-    starts = [layer for layer in layers if layer - 1 not in layers]
-    ends = [layer for layer in layers if layer + 1 not in layers]
-    return ", ".join(f"{start} to {end}" for start, end in zip(starts, ends, strict=True))
 
 
 def _space_arrays(spaces: list[PersonaSpace]) -> dict[str, tuple[tuple[str, ...], NDArray[np.float64]]]:

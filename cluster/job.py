@@ -13,7 +13,6 @@ from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConf
 from personaspace.extract.growth import Change, StoredPlan, continue_plan
 from personaspace.extract.packing import windows
 from personaspace.extract.personas import (
-    DEFAULT_ROLE,
     PersonaPlan,
     PlannedRollout,
     Question,
@@ -24,6 +23,7 @@ from personaspace.extract.personas import (
 from personaspace.store.commit import Slot, committed_slots
 from personaspace.store.config import StoreConfig
 from personaspace.store.errors import IdentityError, InputError
+from personaspace.store.formats.role_names import DEFAULT_ROLE
 from personaspace.store.layout import Layout, choose_layer_group, choose_unit_rows, interleave
 from personaspace.store.location import run_folder
 from personaspace.store.manifest import Manifest, check_identity, read_manifest, refuse_frozen

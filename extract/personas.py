@@ -16,9 +16,8 @@ import yaml
 from personaspace.extract.config import PersonasConfig
 from personaspace.store.errors import InputError
 from personaspace.store.formats import assistant_axis
+from personaspace.store.formats.role_names import DEFAULT_ROLE
 from personaspace.store.plan import rollout_id
-
-DEFAULT_ROLE = "default"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

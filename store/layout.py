@@ -135,3 +135,10 @@ def interleave(first_role_of_unit: Sequence[int]) -> list[int]:
         ranks.append(seen.get(role, 0))
         seen[role] = ranks[-1] + 1
     return sorted(range(len(ranks)), key=lambda unit: (ranks[unit], unit))
+
+
+def ranges(layers: Sequence[int]) -> str:
+    """Layers for people, such as `0 to 4, 10 to 14`."""
+    starts = [layer for layer in layers if layer - 1 not in layers]
+    ends = [layer for layer in layers if layer + 1 not in layers]
+    return ", ".join(f"{start} to {end}" for start, end in zip(starts, ends, strict=True))

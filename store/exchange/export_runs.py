@@ -22,6 +22,7 @@ from personaspace.store.formats.assistant_axis_scores import response_key, write
 from personaspace.store.formats.directions import Directions, some
 from personaspace.store.formats.files import replacing_parts
 from personaspace.store.formats.role_names import DEFAULT_ROLE, check_role_name
+from personaspace.store.layout import ranges
 from personaspace.store.manifest import Manifest, require_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.reader import open_run, stored_layers
@@ -120,8 +121,8 @@ def write_assistant_axis(
     stored = _stored_layers(part, layers)
     if directions is not None and list(directions.layers) != stored:
         raise InputError(
-            f"{part.folder.url}: activations are stored of layers {_ranges(stored)}, and the fit is of "
-            f"{_ranges(directions.layers)}. Fit again, or choose layers that both have."
+            f"{part.folder.url}: activations are stored of layers {ranges(stored)}, and the fit is of "
+            f"{ranges(directions.layers)}. Fit again, or choose layers that both have."
         )
     keys = {role: _keys(part, role) for role in part.rows}
     with replacing_parts(destination, PARTS, overwrite=overwrite) as temporary:
@@ -133,7 +134,7 @@ def write_assistant_axis(
             say(f"{role}: {len(keys[role])} rollouts ({number} of {len(part.rows)} roles)")
         if directions is not None:
             write_vectors(temporary, directions)
-    say(f"{destination}: layers {_ranges(stored)}, one after another in each tensor")
+    say(f"{destination}: layers {ranges(stored)}, one after another in each tensor")
 
 
 def write_vectors(folder: Path, directions: Directions) -> None:
@@ -183,7 +184,7 @@ def _stored_layers(part: RunPart, asked: Sequence[int]) -> list[int]:
     if unknown or not stored:
         raise InputError(
             f"{part.folder.url}: layers {unknown or list(asked)} are not stored for every rollout; "
-            f"{_ranges(stored) or 'none'} are."
+            f"{ranges(stored) or 'none'} are."
         )
     return [layer for layer in stored if layer in asked] if asked else stored
 
@@ -258,10 +259,3 @@ def _rollouts(part: RunPart, role: str, columns: list[str]) -> Iterator[list[dic
 def _by_unit(part: RunPart, rows: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
     for unit, found in groupby(rows, key=lambda row: row // part.manifest.layout.unit_rows):
         yield unit, list(found)
-
-
-def _ranges(layers: Sequence[int]) -> str:
-    """Such as `0 to 4, 10 to 14`."""
-    starts = [layer for layer in layers if layer - 1 not in layers]
-    ends = [layer for layer in layers if layer + 1 not in layers]
-    return ", ".join(f"{start} to {end}" for start, end in zip(starts, ends, strict=True))

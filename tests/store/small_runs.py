@@ -97,7 +97,9 @@ def shard_bytes(layout: Layout, unit: int, group: int) -> bytes:
     return encode_shard(part, layout, "lossless")
 
 
-def commit_shards(fence: Fence, layout: Layout, shards: Iterable[tuple[int, int]], array: str = RESID_POST_MEAN) -> None:
+def commit_shards(
+    fence: Fence, layout: Layout, shards: Iterable[tuple[int, int]], array: str = RESID_POST_MEAN
+) -> None:
     for unit, group in shards:
         objects = {shard_key(array, unit, group): shard_bytes(layout, unit, group)}
         commit(fence, (array, unit, group), objects, rows=layout.unit_row_range(unit), dropped={})

@@ -241,6 +241,7 @@ def test_description(root: LocalFolder) -> None:
         commit_coordinates(fence, LAYOUT, [2], dropped=[8])
         summary = summarize(fence.folder)
         lines = dict(line.split(None, 1) for line in describe(summary).splitlines())
+        lines["driver"] = re.sub(r" [0-9] s ago$", "", lines["driver"])
     assert lines == {
         "run": f"{root.url}/a  (identity {summary.manifest.identity_hash})",
         "state": "writing",
@@ -254,7 +255,7 @@ def test_description(root: LocalFolder) -> None:
         "scores": "no",
         "fitted": "no",
         "report": "no",
-        "driver": f"{socket.gethostname()} pid {os.getpid()}, epoch 1, running, last sign of life 0 s ago",
+        "driver": f"{socket.gethostname()} pid {os.getpid()}, epoch 1, running, last sign of life",
         "sessions": "1, last by me on here at now",
         "code": "not in git",
     }
@@ -269,7 +270,7 @@ def test_description_of_the_driver(root: LocalFolder) -> None:
     gone = replace(holder, released=False, pid=2**22 + 1, heartbeat=time.time() - 90)
     folder.replace(LEASE, gone.encode())
     where = f"{socket.gethostname()} pid {2**22 + 1}, epoch 1"
-    assert f"driver     {where}, gone, last sign of life 90 s ago" in describe(summarize(folder))
+    assert re.search(rf"driver     {where}, gone, last sign of life 9[0-9] s ago", describe(summarize(folder)))
     folder.delete(LEASE)
     assert "driver     none yet" in describe(summarize(folder))
 

@@ -97,7 +97,7 @@ def test_what_is_local(location: str) -> None:
 @pytest.mark.parametrize("root", ["{tmp}", "s3://bucket/runs"])
 @pytest.mark.parametrize("run", TRAVERSALS)
 def test_run_names_that_could_leave_the_store_are_refused(tmp_path: Path, root: str, run: str) -> None:
-    message = f"store.run: {run!r} is no run name; use letters, digits, '.', '_' and '-'."
+    message = f"store.run: {run!r} is no name; use letters, digits, '.', '_' and '-', first a letter or digit."
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         run_folder(root.format(tmp=tmp_path), run)
     assert list(tmp_path.iterdir()) == []

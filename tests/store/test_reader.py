@@ -353,7 +353,7 @@ def test_selecting_reads_only_the_shards_it_needs(
     assert shards_read(reads) == shards
 
 
-@pytest.mark.parametrize("layer", [5, [5], [4, 5], [6, 4], 7])
+@pytest.mark.parametrize("layer", [5, [5], [4, 5], [6, 0], 7])
 @pytest.mark.parametrize("wanted", [{"role": "poet"}, {"role": "poet", "prompt": 1}, {}])
 def test_selecting_layers_reads_only_their_inner_chunks(
     wide: LocalFolder, reads: list[tuple[str, int]], wanted: dict[str, Any], layer: Any
@@ -365,15 +365,22 @@ def test_selecting_layers_reads_only_their_inner_chunks(
     chosen = select(run, layer=layer, **wanted)[RESID_POST_MEAN]
     rows = [int(identity, 16) for identity in chosen["rollout_id"].values]
     np.testing.assert_array_equal(chosen.values, values(WIDE)[rows][:, layers])
-    units = sorted({row // WIDE.unit_rows for row in rows})
+    units = {row // WIDE.unit_rows for row in rows}
+    assert shards_read(reads) == {f"{unit}/{one // 4}/0" for unit in units for one in layers}
     index = WIDE.layer_group * 16 + 4
-    needed = 0.0
-    for unit in units:
-        shard = len(wide.get(shard_key(RESID_POST_MEAN, unit, 1)))
-        needed += (shard - index) / WIDE.layer_group * len(layers) + index * len(layers)
-    del reads[-len(units) :]  # Those of the lines above.
-    assert shards_read(reads) == {f"{unit}/1/0" for unit in units}
+    shards = [wide.path / shard_key(RESID_POST_MEAN, unit, one // 4) for unit in units for one in layers]
+    needed = sum((shard.stat().st_size - index) / WIDE.layer_group + index for shard in shards)
     assert sum(size for _, size in reads) <= needed * 1.05
+
+
+@pytest.mark.parametrize("layer", [[6, 4], [4, 7], [4, 5, 6, 7], None])
+def test_no_shard_is_read_twice(wide: LocalFolder, reads: list[tuple[str, int]], layer: Any) -> None:
+    run = open_run(wide)
+    reads.clear()
+    _ = select(run, role="poet", layer=layer)[RESID_POST_MEAN].values
+    assert sum(size for _, size in reads) <= sum(
+        (wide.path / ZARR_GROUP / RESID_POST_MEAN / "c" / shard).stat().st_size for shard in shards_read(reads)
+    )
 
 
 def test_a_mean_over_one_role_reads_each_shard_once(wide: LocalFolder, reads: list[tuple[str, int]]) -> None:

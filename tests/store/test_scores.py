@@ -97,10 +97,9 @@ def test_an_unknown_judge_is_refused(fence: Fence) -> None:
 def test_a_judge_whose_name_could_leave_the_folder_is_refused(fence: Fence, judge: str) -> None:
     before = sorted(entry.key for entry in fence.folder.list())
     for call in (scores_key, scores_slot):
-        with pytest.raises(InputError, match=r"use letters, digits, '\.', '_' and '-'\.$") as error:
+        message = f"judge: {judge!r} is no name; use letters, digits, '.', '_' and '-', first a letter or digit."
+        with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
             call(judge, 0)
-        assert "judge" in str(error.value)
-        assert repr(judge) in str(error.value)
     with pytest.raises(InputError, match="use letters, digits"):
         give(fence, judge, {0: 1.0})
     assert sorted(entry.key for entry in fence.folder.list()) == before
