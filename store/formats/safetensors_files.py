@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from personaspace.store.errors import InputError
 from personaspace.store.formats.directions import Directions
@@ -35,7 +35,8 @@ def write_directions(file: Path, directions: Directions, *, overwrite: bool = Fa
     refuse_existing(manifest, overwrite=overwrite)
     arrays = zip(TENSORS, (directions.axis_LD, directions.default_LD, directions.role_RLD), strict=True)
     with replacing(file, overwrite=overwrite) as temporary:
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays if array is not None}, temporary)
+        # Its own save_file makes the file readable for its owner only.
+        temporary.write_bytes(save({name: np.ascontiguousarray(array) for name, array in arrays if array is not None}))
         digest = _sha256(temporary)
     entry = {
         "format": FORMAT,

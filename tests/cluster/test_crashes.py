@@ -65,10 +65,12 @@ def test_second_driver_is_refused(laboratory: Laboratory) -> None:
     laboratory.copy_base("shared")
     first = laboratory.start("extract", "shared")
     laboratory.wait_for_first_record("shared")
+    first.send_signal(signal.SIGSTOP)  # Or it might be done before the second has started.
     second = laboratory.start("extract", "shared")
     output, _ = second.communicate()
-    assert second.returncode == 3
-    assert "the run is being written by" in output
+    first.send_signal(signal.SIGCONT)
+    assert second.returncode == 3, output
+    assert f"pid {first.pid}. Wait for it, stop it, or use another run." in output
     first.communicate()
     assert first.returncode == 0
     assert objects(Path(laboratory.folder / "runs" / "shared")) == laboratory.expected

@@ -2,6 +2,7 @@
 
 import http.client
 import math
+import random
 import re
 import socket
 import threading
@@ -22,13 +23,17 @@ class Fault:
     kind: Literal["status", "slow", "hang", "cut", "lose answer", "half answer"]
     """`status`: answered without reaching the server; `slow`: forwarded after `seconds`; `hang`: no answer, and not
     forwarded; `cut`: the connection closes, not forwarded; `lose answer`: forwarded, and the connection closes;
-    `half answer`: half of the body comes back, and the connection closes."""
+    `half answer`: half of an object comes back, and the connection closes."""
     requests: str = ""
     """Regular expression for `METHOD /bucket/key`; the default is all."""
     times: float = math.inf
     """How many requests it strikes."""
+    share: float = 1.0
+    """The part of the requests that it strikes, at random."""
     status: int = 503
     body: bytes = SLOW_DOWN
+    echo: bool = False
+    """Answer with all that the request said, as servers do to help with wrong signatures."""
     seconds: float = 0.0
 
 
@@ -44,9 +49,9 @@ class FaultProxy(ThreadingHTTPServer):
         self.faults: list[Fault] = []
         self.struck = 0
         """Requests that met a fault."""
-        self.seen: list[str] = []
-        """All requests, as `METHOD /bucket/key`."""
+        self._fuse = 0
         self.closing = threading.Event()
+        self._chance = random.Random(0)
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True)
 
@@ -71,13 +76,21 @@ class FaultProxy(ThreadingHTTPServer):
         try:
             yield
         finally:
-            self.faults = []
+            self.faults, self._fuse = [], 0
+
+    def after(self, count: int, requests: str, fault: Fault) -> None:
+        """From the ``count``-th of these requests on, let the fault strike every request, until the block ends."""
+        self._fuse, self._fuse_requests, self._fuse_fault = count, requests, fault
 
     def next_fault(self, request: str) -> Fault | None:
         with self._lock:
-            self.seen.append(request)
+            if self._fuse and re.search(self._fuse_requests, request):
+                self._fuse -= 1
+                if not self._fuse:
+                    self.faults = [self._fuse_fault]
             for fault in self.faults:
-                if fault.times > 0 and re.search(fault.requests, request):
+                lucky = fault.share < 1 and self._chance.random() > fault.share
+                if fault.times > 0 and re.search(fault.requests, request) and not lucky:
                     fault.times -= 1
                     self.struck += 1
                     return fault
@@ -110,7 +123,8 @@ class _Handler(BaseHTTPRequestHandler):
         match fault and fault.kind:
             case "status":
                 assert fault is not None
-                self._answer(fault.status, [("Content-Type", "application/xml")], fault.body)
+                said = f"<Said>{self.path} {self.headers}</Said>".encode() if fault.echo else b""
+                self._answer(fault.status, [("Content-Type", "application/xml")], fault.body + said)
                 return
             case "hang":
                 self._proxy.closing.wait(120)
@@ -128,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None and fault.kind == "lose answer":
             self._cut()
             return
-        half = fault is not None and fault.kind == "half answer"
+        half = fault is not None and fault.kind == "half answer" and response.status == 200
         self._answer(response.status, response.getheaders(), data, sent=len(data) // 2 if half else None)
         if half:
             self._cut()

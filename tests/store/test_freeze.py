@@ -26,6 +26,7 @@ from personaspace.store.manifest import (
     refuse_frozen,
     require_manifest,
 )
+from personaspace.store.schema import ArraySpec
 from personaspace.store.scores import Score, commit_scores
 from tests.store.small_runs import (
     LAYOUT,
@@ -88,7 +89,10 @@ def test_any_committed_change_is_another_hash(fence: Fence, run: Manifest) -> No
     assert_new()
     commit(fence, ("resid_post_mean", 2, 1), {"objects/x": b"x"}, rows=range(8, 10), dropped={})
     assert_new()
-    assert_new(grow(fence, run, 2))
+    another = ArraySpec(name="resid_post_last", description="Last token")
+    after = write_run(fence, run, replace(run, arrays=(*run.arrays, another)), planned())
+    assert_new(after)
+    assert_new(grow(fence, after, 2))
     assert_new(small_manifest(identity={"model": {"name": "other"}}, plan=run.plan, metadata=run.metadata))
 
 
