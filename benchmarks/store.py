@@ -1,16 +1,20 @@
 """Size, error, speed and memory of the store, next to what else one could keep activations in.
 
-    python benchmarks/store.py --folder /scratch              # tiles runs/demo (make demo) up to 4 GB
-    python benchmarks/store.py --quick --json out.json        # 0.1 GB; figures are rough
-    python benchmarks/store.py --run s3://bucket/runs/big     # any other complete run as the source
+    python benchmarks/store.py --folder /scratch          # tiles runs/demo (make demo) to 4 GB; some 15 minutes
+    python benchmarks/store.py --quick --json out.json    # 0.1 GB, in a minute; the figures are rough
+    python benchmarks/store.py --run s3://bucket/big      # any other complete run as the source
 
-The values are a real run's: every tile is a role's mean plus deviations of rows drawn anew and relative noise of
-1e-3, so outlier dimensions and tails stay and nothing compresses across tiles. Needs about six times the bytes in
-the scratch folder, which is left as it was. Root measures reads with a cold page cache, too; the figures of a virtual
-machine then say nothing of its host's cache.
+The values are a real run's: each role is a role's mean plus the deviations of rows drawn anew, with relative noise of
+1e-3, so outlier dimensions and tails stay and nothing compresses across tiles. Takes three times the bytes in a
+folder of its own in the scratch folder, and removes it. Root measures reads with a cold page cache, too; in a virtual
+machine that says nothing of the host's cache.
 
 Peers: bf16 `.pt` files per role, as the reference project keeps them (dict of key -> tensor), bf16 safetensors with
 one tensor per role, and float32 Zarr with Zarr's default chunks and codecs.
+
+`reference_layer_read_over_ours`: seconds of the `.pt` files over ours, `open_run` counted in; the smaller one of cold
+and warm cache. `write_over_copy`: our seconds, one process, over those of copying the same stored bytes file by file
+with an fsync each. `writer_peak_bytes`, `reader_peak_bytes`: highest peak, of all numbers of threads, at the full size.
 """
 
 import argparse
@@ -30,7 +34,9 @@ from store_memory import measure_memory
 from store_read import OURS, measure_reads
 from store_write import measure_writes
 
-PRECISION = "16"
+from personaspace.store.config import Precision
+
+PRECISION: Precision = "16"
 SAMPLE_BYTES = 10**9
 QUESTIONS = {
     "layer": "one layer of all rollouts",
@@ -142,11 +148,12 @@ def show(figures: Mapping[str, Any]) -> None:
         shard = run["shard_bytes"]
         say(f"  {name}: {run['float32_bytes'] / 1e9:.2f} GB of float32, shards of {shard / 1e6:.1f} MB")
         for doing in ("write", "read"):
-            parts = [f"{what} {taken / 1e6:.0f}" for what, taken in run[doing].items()]
-            say(f"    {doing}: {'; '.join(parts)}")
+            peaks = "; ".join(f"{what} {taken / 1e6:.0f}" for what, taken in run[doing].items())
+            say(f"    {doing}: {peaks}")
     machine = figures["machine"]
-    say(f"\n{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['file_system']}, load")
-    say(f"{machine['load_average']:.1f} at the start, {machine['date']}: {machine['command']}")
+    load = f"load {machine['load_average']:.1f} at the start"
+    say(f"\n{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['file_system']}, {load}")
+    say(f"{machine['date']}: {machine['command']}")
     say(", ".join(f"{name} {text}" for name, text in {"python": machine["python"], **machine["versions"]}.items()))
 
 
@@ -162,7 +169,7 @@ def main() -> None:
     gigabytes = arguments.gigabytes or (0.1 if arguments.quick else 4)
     if arguments.folder:
         arguments.folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="personaspace-benchmark-", dir=arguments.folder))
+    scratch = Path(tempfile.mkdtemp(prefix="personaspace-benchmark-", dir=arguments.folder)).resolve()
     try:
         figures = measure(arguments.run, scratch, gigabytes, arguments.quick)
     finally:

@@ -95,12 +95,14 @@ def _through_store(
 
 def _std(moments: list[tuple[Any, Any]], rows: int) -> NDArray[np.float64]:
     mean_LD = sum(total for total, _ in moments) / rows
-    return np.sqrt(sum(squares for _, squares in moments) / rows - mean_LD**2)
+    std_LD: NDArray[np.float64] = np.sqrt(sum(squares for _, squares in moments) / rows - mean_LD**2)
+    return std_LD
 
 
 def _axis(mean_RLD: NDArray[np.float64]) -> NDArray[np.float64]:
     """The Assistant Axis of each layer: `default` minus the mean of the roles."""
-    return mean_RLD[0] - mean_RLD[1:].mean(axis=0)
+    axis_LD: NDArray[np.float64] = mean_RLD[0] - mean_RLD[1:].mean(axis=0)
+    return axis_LD
 
 
 def _angle(one_D: NDArray[np.float64], other_D: NDArray[np.float64]) -> float:

@@ -110,9 +110,10 @@ def _copy(shards: Path, target: Path) -> dict[str, float]:
         shutil.copyfile(file, place)
         return place
 
-    def copy_durably(file: Path) -> None:
+    def copy_durably(file: Path) -> Path:
         with copy(file).open("rb") as written:
             os.fsync(written.fileno())
+        return file
 
     def timed(work: Any) -> float:
         shutil.rmtree(target, ignore_errors=True)

@@ -1,15 +1,17 @@
 """Continuing a plan: what is stored never moves, what is new comes after it, and ids keep their meaning."""
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from personaspace.extract.growth import Change, StoredPlan, continue_plan
-from personaspace.extract.personas import PersonaPlan, PlannedRollout, Question, Role, rollout_id
+from personaspace.extract.personas import PersonaPlan, PlannedRollout, Question, Role, plan_imported, rollout_id
 from personaspace.store.errors import IdentityError, InputError
 from personaspace.store.layout import Layout
 from personaspace.store.plan import PlannedRow
@@ -203,3 +205,33 @@ def test_rows_of_stored_rollouts_never_move(plans: list[PersonaPlan], unit_rows:
             layout = layout.grow(len(new))
         assert [row.row for row in grown.rows] == list(layout.planned_rows())
         run = grown
+
+
+def respond(folder: Path, role: str, prompts: int) -> None:
+    """Finished responses of a model without system messages: prompts are told apart by their index alone."""
+    lines = []
+    for prompt in range(prompts):
+        turns = [{"role": "user", "content": f"Act {prompt}. Who?"}, {"role": "assistant", "content": f"I, {role}."}]
+        line = {"prompt_index": prompt, "question_index": 0, "question": "Who?", "label": "pos", "system_prompt": ""}
+        lines.append(json.dumps({**line, "conversation": turns}))
+    (folder / f"{role}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_prompts_of_the_same_text_are_kept_apart(tmp_path: Path) -> None:
+    for role in ("default", "ghost"):
+        respond(tmp_path, role, prompts=2)
+    before = plan_imported(tmp_path)
+    assert [row.prompt for row in before.rows] == [0, 1, 0, 1]
+    respond(tmp_path, "ghost", prompts=3)
+    respond(tmp_path, "poet", prompts=2)
+    grown = grow(before, plan_imported(tmp_path))
+    assert [(grown.roles[row.role_id].id, row.prompt) for row in grown.rows] == [
+        ("default", 0),
+        ("default", 1),
+        ("ghost", 0),
+        ("ghost", 1),
+        ("ghost", 2),
+        ("poet", 0),
+        ("poet", 1),
+    ]
+    assert [len(role.prompts) for role in grown.roles] == [2, 3, 2]

@@ -149,10 +149,16 @@ def test_rollout_id_depends_on_all_that_decides_a_rollout() -> None:
     assert all(len(i) == 16 for i in ids)
 
 
-def test_content_hash_follows_rows_and_generation(config: PersonasConfig) -> None:
-    assert plan(config).content_hash() == plan(config).content_hash()
-    assert plan(config).content_hash() != plan(config, "T=0.8").content_hash()
-    assert plan(config).content_hash() != plan(replace(config, max_questions=2)).content_hash()
+def test_rollout_ids_follow_rows_and_generation(config: PersonasConfig) -> None:
+    """By them a run knows whether a config still plans the same."""
+
+    def ids(made: PersonaPlan) -> list[str]:
+        return [row.rollout_id for row in made.rows]
+
+    assert plan(config) == plan(config)
+    assert len(set(ids(plan(config)))) == len(plan(config).rows)
+    assert not set(ids(plan(config))) & set(ids(plan(config, "T=0.8")))
+    assert set(ids(plan(replace(config, max_questions=2)))) < set(ids(plan(config)))
 
 
 @pytest.mark.parametrize(

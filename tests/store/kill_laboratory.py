@@ -100,11 +100,11 @@ class Inventory:
 class Laboratory:
     """One kind of storage: where fresh runs go, how long one takes, and what it holds in the end."""
 
-    def __init__(self, storage: str, scratch: Path, chance: random.Random) -> None:
+    def __init__(self, storage: str, scratch: Path, chance: random.Random, calibrations: int = 3) -> None:
         self.storage, self._scratch, self._chance = storage, scratch, chance
         self.layout = LAYOUTS[storage]
         self.seconds = {
-            writers: statistics.median(self._calibrate(writers) for _ in range(3)) for writers in range(1, 5)
+            writers: statistics.median(self._calibrate(writers) for _ in range(calibrations)) for writers in range(1, 5)
         }
         folder = self._fresh()
         self._finish(folder, 1)

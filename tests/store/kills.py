@@ -33,15 +33,15 @@ FELL = ("creating", "rollouts", "shards", "ended")
 
 
 @contextmanager
-def laboratory(storage: str, chance: random.Random) -> Iterator[Laboratory]:
+def laboratory(storage: str, chance: random.Random, calibrations: int = 3) -> Iterator[Laboratory]:
     """Everything that trials on one kind of storage need."""
     with tempfile.TemporaryDirectory() as scratch:
         if storage == "local":
-            yield Laboratory(storage, Path(scratch), chance)
+            yield Laboratory(storage, Path(scratch), chance, calibrations)
             return
         with S3Server() as server:
             os.environ.update(s3_environment(server.port))
-            yield Laboratory(storage, Path(scratch), chance)
+            yield Laboratory(storage, Path(scratch), chance, calibrations)
 
 
 def run_trials(storage: str, count: int, aimed: int, chance: random.Random) -> list[Trial]:
