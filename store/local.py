@@ -61,30 +61,38 @@ class LocalFolder:
             return self.resolve(key).read_bytes()
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
-        with self._explained("reading", key), self.resolve(key).open("rb", buffering=0) as file:
-            return os.pread(file.fileno(), length, start)
+        with self._opened(key) as descriptor:
+            return os.pread(descriptor, length, start)
 
     def get_tail(self, key: str, length: int) -> bytes:
-        with self._explained("reading", key), self.resolve(key).open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            return os.pread(file.fileno(), length, max(0, size - length))
+        with self._opened(key) as descriptor:
+            return os.pread(descriptor, length, max(0, os.fstat(descriptor).st_size - length))
 
     def exists(self, key: str) -> bool:
         with self._explained("reading", key):
             return self.resolve(key).exists()
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        top = os.path.join(self.path, "")
-        # Plain strings: a large run has hundreds of thousands of objects, and Path takes most of the time.
-        for folder, folders, files in os.walk(self.path / check_prefix(prefix)):
-            folders.sort()
-            for name in sorted(files):
-                file = os.path.join(folder, name)
-                try:
-                    stat = os.stat(file)
-                except FileNotFoundError:
-                    continue  # A scratch file that its writer has just removed.
-                yield ObjectInfo(key=file.removeprefix(top), bytes=stat.st_size, modified=stat.st_mtime)
+        with self._explained("listing", check_prefix(prefix)):
+            yield from self._walk(os.path.join(self.path, prefix) if prefix else str(self.path), prefix)
+
+    def _walk(self, folder: str, prefix: str) -> Iterator[ObjectInfo]:
+        """What lies below a folder, in the order of the keys; nothing if the folder is gone."""
+        try:
+            with os.scandir(folder) as found:
+                entries = {f"{entry.name}/" if entry.is_dir() else entry.name: entry for entry in found}
+        except FileNotFoundError:
+            return
+        for name, entry in sorted(entries.items()):
+            key = f"{prefix}/{name}" if prefix else name
+            if name.endswith("/"):
+                yield from self._walk(entry.path, key.rstrip("/"))
+                continue
+            try:
+                stat = entry.stat()
+            except FileNotFoundError:
+                continue  # A scratch file that its writer has just removed.
+            yield ObjectInfo(key=key, bytes=stat.st_size, modified=stat.st_mtime)
 
     def delete(self, key: str) -> None:
         with self._explained("deleting", key):
@@ -96,6 +104,7 @@ class LocalFolder:
                     (self.path / folder).rmdir()
                 except OSError:
                     break  # Not empty.
+                _durable.discard(str(self.path / folder))
 
     def put_new(self, key: str, data: bytes) -> bool:
         target = self.resolve(key)
@@ -146,6 +155,14 @@ class LocalFolder:
         return LocalStore(self.resolve(prefix), read_only=read_only)
 
     @contextmanager
+    def _opened(self, key: str) -> Iterator[int]:
+        """Descriptor of a file that is read in parts."""
+        with self._explained("reading", key), self.resolve(key).open("rb", buffering=0) as file:
+            # Without this the kernel reads ahead, and one layer costs the disk the whole shard.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            yield file.fileno()
+
+    @contextmanager
     def _scratch_file(self, data: bytes) -> Iterator[Path]:
         """A synced file with ``data`` on the same file system, outside everything that readers look at."""
         folder = self.path / SCRATCH
@@ -194,14 +211,23 @@ class LocalFolder:
             ) from error
 
 
+_durable: set[str] = set()
+"""Folders whose own entries this process has made durable."""
+
+
 def _sync_folders(folder: Path, top: Path) -> None:
-    """Make the directory entries durable from ``folder`` up to ``top``: parents may be new, too."""
+    """Make a new entry of ``folder`` durable, and the entries of all folders from there up to ``top``.
+
+    Parents may be new, too, by this process or another; each is synced once by every process that writes in it.
+    """
     while True:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        if folder == top or folder == folder.parent:
+        known = str(folder) in _durable
+        _durable.add(str(folder))
+        if known or folder in (top, folder.parent):
             return
         folder = folder.parent

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import google_crc32c
-import numcodecs
 import numpy as np
 from dask.base import tokenize
 from numpy.typing import NDArray
@@ -18,14 +17,13 @@ from numpy.typing import NDArray
 from personaspace.store.errors import IntegrityError
 from personaspace.store.layout import Layout, shard_key
 from personaspace.store.objects import Folder
+from personaspace.store.schema import ABSENT, BLOSC
 
 NOT_COMMITTED = -1
 """Stands for the generation of a shard without a record."""
 _CRC_BYTES = 4
 _ENTRY_BYTES = 16
 """Of the shard's index: offset and length of an inner chunk, uint64 each."""
-_ABSENT = 2**64 - 1
-_BLOSC = numcodecs.Blosc()
 
 
 class CommittedShards:
@@ -79,18 +77,14 @@ class CommittedShards:
         group_size, shape = self._layout.layer_group, (self._layout.unit_rows, self._layout.hidden)
         index_bytes = group_size * _ENTRY_BYTES + _CRC_BYTES
         try:
-            if 2 * len(chunks) > group_size:
-                whole = self._folder.get(key)
-                tail = whole[-index_bytes:]
-            else:
-                whole, tail = None, self._folder.get_tail(key, index_bytes)
+            # Most of a shard is read whole, in one request.
+            whole = self._folder.get(key) if 2 * len(chunks) > group_size else None
+            tail = self._folder.get_tail(key, index_bytes) if whole is None else whole[-index_bytes:]
             entries = np.frombuffer(self._checked(tail, key, index_bytes), dtype="<u8").reshape(group_size, 2)
             for chunk in chunks:
                 offset, length = entries[chunk].tolist()
-                if offset == _ABSENT:
-                    raise IntegrityError(
-                        f"{self._folder.url}/{key}: the chunk of layer {chunk} of the group is absent."
-                    )
+                if offset == ABSENT:
+                    raise IntegrityError(f"{self._folder.url}/{key}: has no chunk for layer {chunk} of its group.")
                 data = self._folder.get_range(key, offset, length) if whole is None else whole[offset : offset + length]
                 yield self._decode(self._checked(data, key, length), key, shape)
         except FileNotFoundError as error:
@@ -108,7 +102,7 @@ class CommittedShards:
 
     def _decode(self, data: bytes, key: str, shape: tuple[int, int]) -> NDArray[np.float32]:
         try:
-            return np.frombuffer(_BLOSC.decode(data), dtype="<f4").reshape(shape)
+            return np.frombuffer(BLOSC.decode(data), dtype="<f4").reshape(shape)
         except (RuntimeError, ValueError) as error:
             raise IntegrityError(f"{self._folder.url}/{key}: a chunk does not decode: {error}") from error
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import pytest
 
 from personaspace.store import local
 from personaspace.store.local import LocalFolder
@@ -28,6 +29,13 @@ ROOT = Path(__file__).parents[2]
 PROCESSES = multiprocessing.get_context("forkserver")
 """Not forked from here: a fork has the threads of obstore's runtime on paper only."""
 PROCESSES.set_forkserver_preload(["dask.array", "distributed", "pyarrow.dataset", "tests.store.observer"])
+
+LOCAL_FIRST = pytest.mark.parametrize(
+    "storage",
+    ["local", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("nfs", "s3"))],
+    indirect=True,
+)
+"""For tests that take long on the other kinds."""
 
 
 class S3Server:

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import zarr
 
-from personaspace.store.errors import InputError
 from personaspace.store.local import LocalFolder
-from personaspace.store.location import open_folder, run_folder
+from personaspace.store.location import open_folder
 from personaspace.store.objects import Folder
 from tests.store.storages import background, in_processes, in_threads, objects
 
@@ -278,9 +277,3 @@ def test_scratch_is_cleared_and_objects_are_not(storage: Folder) -> None:
     assert storage.clear_scratch() == 0
     assert storage.get("a") == b"data"
     assert [entry.key for entry in storage.list() if entry.key.startswith(".tmp")] == []
-
-
-def test_run_names_that_could_leave_the_store_are_refused() -> None:
-    for name in ("..", ".", "a/b", "", ".hidden", "a b", "~", "-x"):
-        with pytest.raises(InputError, match="is no run name; use letters, digits"):
-            run_folder("runs", name)

@@ -73,7 +73,7 @@ PASSING = {
 }
 
 
-@pytest.mark.parametrize("name", some_are_slow(PASSING, fast=("503", "cut", "answers lost")))
+@pytest.mark.parametrize("name", some_are_slow(PASSING, fast=("503", "answers lost")))
 def test_faults_that_pass_are_survived(folder: RemoteFolder, proxy: FaultProxy, name: str) -> None:
     with proxy.failing(replace(PASSING[name])):
         fence = driver(folder)

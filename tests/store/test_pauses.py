@@ -1,23 +1,20 @@
 """A writer that sleeps at any step, while another driver takes over and works, commits nothing wrong when it wakes."""
 
-import hashlib
 import itertools
 import os
 import random
 import signal
-import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import psutil
 import pytest
 
 from personaspace.store import open_run
-from personaspace.store.commit import Record, Slot, commit, committed_slots, describe, read_record, record_key
+from personaspace.store.commit import record_key
 from personaspace.store.creation import write_run
-from personaspace.store.errors import IntegrityError, LeaseError
 from personaspace.store.index import INDEX, TABLE, write_index
 from personaspace.store.lease import LEASE, Fence, acquire, read_holder
 from personaspace.store.local import LocalFolder
@@ -27,130 +24,14 @@ from personaspace.store.removal import collect_garbage, garbage
 from personaspace.store.verify import verify
 from tests.store import small_runs
 from tests.store.hooks import hooked
+from tests.store.sleepers import KEY, SCENES, SLOT, Scene, Sleeper, check, first_driver, outcome, take_over, whole
 from tests.store.small_runs import create, grow
-from tests.store.storages import PROCESSES, contents, settle
+from tests.store.storages import LOCAL_FIRST, PROCESSES, contents, settle
 
-SLOT: Slot = ("resid_post_mean", 0, 0)
-KEY = "activations.zarr/resid_post_mean/c/0/0/0"
-
-
-def whole(body: bytes) -> bytes:
-    return hashlib.sha256(body).digest() + body
-
-
-def inspect(data: bytes) -> Mapping[int, str]:
-    if data != whole(data[32:]):
-        raise IntegrityError("damaged")
-    return {}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scene:
-    """What lies at the slot when two writers come to commit it, and how they do."""
-
-    found: bytes | None = None
-    """Bytes without a record."""
-    inspects: bool = True
-    generation: int = 0
-
-    def prepare(self, fence: Fence) -> None:
-        if self.generation:
-            commit(fence, SLOT, {KEY: b"damaged later"}, rows=range(2), dropped={})
-        elif self.found is not None:
-            fence.folder.put_new(KEY, self.found)
-
-    def commit(self, fence: Fence, data: bytes) -> Record:
-        return commit(
-            fence,
-            SLOT,
-            {KEY: data},
-            rows=range(2),
-            dropped={},
-            inspect=inspect if self.inspects else None,
-            generation=self.generation,
-        )
-
-
-SCENES = {
-    "nothing there": Scene(),
-    "sound orphan": Scene(found=whole(b"orphan")),
-    "damaged orphan": Scene(found=b"damaged"),
-    "no inspection": Scene(inspects=False),
-    "orphan, no inspection": Scene(found=b"orphan", inspects=False),
-    "repair": Scene(generation=1),
-}
 RECORD_RACE = (
     "a writer that sleeps between its last fence check and its record, and wakes between the next driver's publish "
     "and record, vouches for bytes that are no longer there"
 )
-
-
-def first_driver(folder: Folder) -> Fence:
-    return acquire(folder, timeout=60, say=pytest.fail).fence
-
-
-def take_over(folder: Folder) -> Fence:
-    """The next driver's fence; the holder counts as one that ended, whatever it still does."""
-    holder = read_holder(folder)
-    assert holder is not None
-    folder.replace(LEASE, replace(holder, released=True).encode())
-    return acquire(folder, timeout=60, say=pytest.fail).fence
-
-
-def outcome(work: Callable[[], Any]) -> Any:
-    try:
-        return work()
-    except LeaseError:
-        return "fenced out"
-
-
-def check(folder: Folder, scene: Scene, late: Any, record: Record) -> None:
-    """One record of the generation, of the object as it is; who came late got that, or an error."""
-    assert committed_slots(folder) == {SLOT: scene.generation}
-    stored = read_record(folder, SLOT, scene.generation)
-    assert record == stored
-    assert late in ("fenced out", stored)
-    assert stored.objects == (describe(KEY, folder.get(KEY)),)
-    records = {record_key(SLOT, generation) for generation in range(scene.generation + 1)}
-    assert contents(folder, but=(LEASE,)).keys() == {KEY, *records}
-
-
-@dataclass(slots=True)
-class Sleeper:
-    """The first writer, in a thread: sleeps before its operation ``sleep`` until ``wake`` is called."""
-
-    folder: Folder
-    work: Callable[[Fence], Any]
-    sleep: int | tuple[str, str]
-    """Its number, or which one it is."""
-    asleep_before: tuple[str, str] | None = None
-    late: Any = None
-    _awake: threading.Event = field(init=False)
-    _thread: threading.Thread = field(init=False)
-
-    def __post_init__(self) -> None:
-        fence = first_driver(self.folder) if read_holder(self.folder) is None else Fence(self.folder, 1)
-        count, asleep, self._awake = itertools.count(1), threading.Event(), threading.Event()
-
-        def before(operation: str, key: str) -> None:
-            if self.sleep in (next(count), (operation, key)):
-                self.asleep_before = (operation, key)
-                asleep.set()
-                assert self._awake.wait(30)
-
-        def run() -> None:
-            self.late = outcome(lambda: self.work(Fence(hooked(self.folder, before), fence.epoch)))
-            asleep.set()
-
-        self._thread = threading.Thread(target=run)
-        self._thread.start()
-        assert asleep.wait(30)
-
-    def wake(self) -> Any:
-        """Wake it and wait for its end; what it came to."""
-        self._awake.set()
-        self._thread.join()
-        return self.late
 
 
 def interleave(folder: Folder, scene: Scene, sleep: int, wake: int) -> bool:
@@ -182,6 +63,7 @@ class Race(AssertionError):
     """What RECORD_RACE says."""
 
 
+@LOCAL_FIRST
 @pytest.mark.parametrize("name", SCENES)
 def test_every_interleaving_of_two_writers_is_safe(storage: Folder, name: str) -> None:
     """Exhaustive on local disk, a random part elsewhere."""
@@ -261,6 +143,7 @@ def stop_at(step: str, scene: Scene, fence: Fence, answers: Any, environment: di
     answers.send(outcome(lambda: scene.commit(Fence(hooked(fence.folder, before), fence.epoch), whole(b"first"))))
 
 
+@pytest.mark.parametrize("storage", ["local", "s3"], indirect=True)
 @pytest.mark.parametrize("wakes", ["before the next driver's commit", "after it"])
 @pytest.mark.parametrize("step", STEPS)
 def test_stopped_process_that_wakes_after_a_takeover_commits_nothing_wrong(
