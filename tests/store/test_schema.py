@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import MemoryStore
 
 from personaspace.store.config import Precision
 from personaspace.store.errors import IntegrityError
@@ -260,3 +262,30 @@ def test_stored_metadata_is_plain_zarr(tmp_path: Path, name: str) -> None:
         assert metadata["codecs"][0]["configuration"]["chunk_shape"] == [4, 1, 6]
         assert metadata["fill_value"] == "NaN"
         assert metadata["attributes"]["coordinates"].split() == list(COORDINATES)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@given(values=SHARDS)
+@settings(max_examples=40, deadline=None)
+def test_shards_are_the_bytes_that_zarr_writes(precision: Precision, values: NDArray[np.float32]) -> None:
+    objects: dict[str, Any] = {}
+    group = zarr.open_group(MemoryStore(metadata_of(LAYOUT)), path=ZARR_GROUP)
+    array = zarr.create_array(
+        MemoryStore(objects),
+        shape=values.shape,
+        chunks=(LAYOUT.unit_rows, 1, LAYOUT.hidden),
+        shards=(LAYOUT.unit_rows, LAYOUT.layer_group, LAYOUT.hidden),
+        dtype="float32",
+        fill_value=float("nan"),
+        compressors=group[RESID_POST_MEAN].compressors,  # type: ignore[union-attr]
+        config={"write_empty_chunks": True},
+    )
+    array[...] = round_mantissa(values, precision)
+    assert encode_shard(values, LAYOUT, precision) == objects["c/0/0/0"].to_bytes()
+
+
+def metadata_of(layout: Layout) -> dict[str, Any]:
+    """Of a group with the default array, as Zarr's MemoryStore takes it."""
+    make = default_buffer_prototype().buffer.from_bytes
+    objects = group_objects(layout, [ArraySpec(name=RESID_POST_MEAN, description="")], {})
+    return {key: make(data) for key, data in objects.items()}
