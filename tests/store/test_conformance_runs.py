@@ -194,17 +194,22 @@ def test_growing_what_another_driver_has_changed_is_refused(fence: Fence, manife
 
 def test_reader_sees_no_torn_or_uncommitted_value_while_three_processes_write(storage: Folder) -> None:
     layout = Layout(segments=(30,), layers=8, hidden=16, unit_rows=4, layer_group=2)
-    ours, theirs = PROCESSES.Pipe(duplex=False)
-    driver = PROCESSES.Process(target=_drive, args=(dict(os.environ), storage, layout, theirs))
-    driver.start()
-    observer = Observer(storage, layout, units=2)
-    assert ours.recv() == "ready"
-    observer.watch(ours.poll)
-    assert ours.recv() == "done"
-    driver.join()
-    observer.look()
-    assert observer.faults == []
-    assert observer.partial > 0
+    # On a busy machine a whole run may pass between two looks; the next one won't.
+    for number in range(5):
+        folder = storage.child(f"run-{number}")
+        ours, theirs = PROCESSES.Pipe(duplex=False)
+        driver = PROCESSES.Process(target=_drive, args=(dict(os.environ), folder, layout, theirs))
+        driver.start()
+        observer = Observer(folder, layout, units=2)
+        assert ours.recv() == "ready"
+        observer.watch(ours.poll)
+        assert ours.recv() == "done"
+        driver.join()
+        observer.look()
+        assert observer.faults == []
+        if observer.partial:
+            return
+    pytest.fail("the reader never saw a part of a run")
 
 
 def _drive(environment: dict[str, str], storage: Folder, layout: Layout, ready: Connection) -> None:
