@@ -68,7 +68,7 @@ def ray_address(config: ClusterConfig) -> str | None:
 def check_shared_paths(config: ClusterConfig, paths: Mapping[str, str]) -> None:
     """Refuse relative paths (config key -> path) on a cluster: its nodes, and Ray jobs, have other working folders."""
     for key, path in paths.items():
-        relative = is_local(path) and not Path(path).expanduser().is_absolute()
+        relative = is_local(path) and not Path(path.removeprefix("file://")).expanduser().is_absolute()
         if ray_address(config) is not None and relative:
             raise InputError(
                 f"{key}: {path} is relative, and this runs on the Ray cluster {ray_address(config)}, where every node "

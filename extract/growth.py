@@ -83,9 +83,16 @@ def _merge_roles(
     prompt_of: dict[str, dict[int, int]] = {}
     for role in planned:
         known = merged.setdefault(role.id, role)
-        prompts = [*known.prompts, *(prompt for prompt in role.prompts if prompt not in known.prompts)]
+        prompts, prompt_of[role.id] = list(known.prompts), {}
+        for number, prompt in enumerate(role.prompts):
+            # Prompts may share their text (imported ones of models without a system role): the n-th meets the n-th.
+            places = [place for place, other in enumerate(prompts) if other == prompt]
+            occurrence = role.prompts[:number].count(prompt)
+            if occurrence == len(places):
+                places.append(len(prompts))
+                prompts.append(prompt)
+            prompt_of[role.id][number] = places[occurrence]
         merged[role.id] = replace(known, prompts=tuple(prompts))
-        prompt_of[role.id] = {number: prompts.index(prompt) for number, prompt in enumerate(role.prompts)}
     return tuple(merged.values()), prompt_of
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from personaspace.store.commit import ROLLOUTS, parse_record_key
-from personaspace.store.errors import IntegrityError, LeaseError
+from personaspace.store.errors import InputError, IntegrityError, LeaseError
 from personaspace.store.index import read_index
 from personaspace.store.lease import Holder, read_holder
 from personaspace.store.location import is_run_name
@@ -74,7 +74,7 @@ def runs(root: Folder) -> Iterator[RunSummary | DamagedRun]:
             continue
         try:
             yield summarize(folder)
-        except (IntegrityError, LeaseError) as error:
+        except (IntegrityError, LeaseError, InputError) as error:
             yield DamagedRun(name=name, url=folder.url, reason=str(error))
 
 
@@ -127,7 +127,10 @@ def describe(summary: RunSummary) -> str:
     """Lines for people: what is committed, what is missing, where it comes from, who writes."""
     manifest = summary.manifest
     layout = manifest.layout
-    session = manifest.sessions[-1]
+    sessions = "none yet"
+    if manifest.sessions:
+        last = manifest.sessions[-1]
+        sessions = f"{len(manifest.sessions)}, last by {last['user']} on {last['host']} at {last['started']}"
     segments = f" in {len(layout.segments)} segments" if len(layout.segments) > 1 else ""
     lines = {
         "run": f"{summary.url}  (identity {manifest.identity_hash})",
@@ -145,8 +148,8 @@ def describe(summary: RunSummary) -> str:
         "fitted": "yes" if summary.fitted else "no",
         "report": f"{summary.url}/{REPORT}" if summary.reported else "no",
         "driver": _driver(summary.holder),
-        "sessions": f"{len(manifest.sessions)}, last by {session['user']} on {session['host']} at {session['started']}",
-        "code": session["git_commit"] or "not in git",
+        "sessions": sessions,
+        "code": (manifest.sessions[-1]["git_commit"] if manifest.sessions else None) or "not in git",
     }
     return "\n".join(f"{name:10s} {text}" for name, text in lines.items())
 

@@ -102,6 +102,7 @@ def parse_record_key(key: str) -> tuple[Slot, int] | None:
     fields = parts[-1].rsplit(".", 3)
     if (
         len(parts) != 3
+        or parts[0] != COMMITS
         or len(fields) != 4
         or fields[3] != "json"
         or not all(text.isdigit() for text in (parts[1], fields[1], fields[2]))

@@ -44,14 +44,12 @@ def write_run(fence: Fence, before: Manifest | None, after: Manifest, rows: Sequ
         for key in (plan_key(segment), copy_key(plan_key(segment))):
             publish(fence, key, data)
         plan.append(describe(plan_key(segment), data))
-    metadata = after.metadata
-    shape = ("layout", "arrays", "spans_per_rollout")
-    if before is None or any(getattr(before, name) != getattr(after, name) for name in shape):
-        objects = run_metadata(after)
-        # The group's own zarr.json, which readers open, comes last by its name.
-        for key, data in objects.items():
-            publish(fence, key, data)
-        metadata = tuple(describe(key, data) for key, data in objects.items())
+    objects = run_metadata(after)
+    # In every session, since a growth that crashed and was given up leaves its own behind. The group's zarr.json, which
+    # readers open, comes last by its name.
+    for key, data in objects.items():
+        publish(fence, key, data)
+    metadata = tuple(describe(key, data) for key, data in objects.items())
     stored = replace(after, plan=tuple(plan), metadata=metadata)
     write_manifest(fence, before, stored)
     return stored

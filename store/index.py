@@ -29,8 +29,8 @@ COLUMNS = ("n_tokens", "status")
 def write_index(fence: Fence, manifest: Manifest) -> None:
     """Write the index of what is committed now, unless it is up to date."""
     committed = committed_slots(fence.folder)
-    state = _state(committed)
-    if is_current(fence.folder, committed):
+    state = _state(manifest, committed)
+    if is_current(fence.folder, manifest, committed):
         return
     columns = _from_chunks(fence.folder, manifest, committed)
     data = encode_table(pa.table({name: columns[name] for name in COLUMNS}))
@@ -42,7 +42,7 @@ def write_index(fence: Fence, manifest: Manifest) -> None:
 
 def read_index(folder: Folder, manifest: Manifest, committed: Mapping[Slot, int]) -> dict[str, NDArray[np.integer]]:
     """`n_tokens` and `status` of every row: from the index if it is of this state, else from the chunks."""
-    stored = _read_head(folder, _state(committed))
+    stored = _read_head(folder, _state(manifest, committed))
     if stored is not None:
         try:
             table = decode_table(read_object(folder, stored))
@@ -52,9 +52,9 @@ def read_index(folder: Folder, manifest: Manifest, committed: Mapping[Slot, int]
     return _from_chunks(folder, manifest, committed)
 
 
-def is_current(folder: Folder, committed: Mapping[Slot, int]) -> bool:
+def is_current(folder: Folder, manifest: Manifest, committed: Mapping[Slot, int]) -> bool:
     """Whether there is an intact index of what is committed."""
-    return _read_head(folder, _state(committed)) is not None and is_whole(folder)
+    return _read_head(folder, _state(manifest, committed)) is not None and is_whole(folder)
 
 
 def is_whole(folder: Folder) -> bool:
@@ -65,8 +65,10 @@ def is_whole(folder: Folder) -> bool:
         return False
 
 
-def _state(committed: Mapping[Slot, int]) -> str:
-    return digest({slot: number for slot, number in committed.items() if slot[0] == COORDINATES_RECORD})
+def _state(manifest: Manifest, committed: Mapping[Slot, int]) -> str:
+    """Of what an index is made: the length of the rollout axis, and the committed coordinates."""
+    coordinates = {slot: number for slot, number in committed.items() if slot[0] == COORDINATES_RECORD}
+    return f"{manifest.layout.padded_rows} rows, {digest(coordinates)}"
 
 
 def _read_head(folder: Folder, state: str) -> StoredObject | None:

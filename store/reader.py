@@ -222,6 +222,6 @@ def _known(run: xr.Dataset, name: str, wanted: list[Any]) -> list[Any]:
     known = set(run[name].values.tolist())
     unknown = [value for value in wanted if value not in known]
     if unknown:
-        shown = sorted(value for value in known if value == value and value != "")[:50]
+        shown = sorted(value for value in known if value == value and value not in ("", -1))[:50]
         raise InputError(f"{name}: {unknown[0]!r} is not in this run. It has {', '.join(map(str, shown))}.")
     return wanted

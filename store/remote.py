@@ -150,7 +150,10 @@ class RemoteFolder:
 
 def check_url(url: str) -> str:
     """The URL, without a slash at its end. Raises InputError for one that is unknown or carries credentials."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise InputError(f"{url.split('@')[-1]}: not a URL: {error}.") from error
     if ("@" in parts.netloc and parts.scheme not in ("abfs", "abfss")) or ":" in parts.netloc.split("@")[0]:
         raise InputError(
             f"{parts.scheme}://...: the URL carries credentials. They belong into the environment "

@@ -52,14 +52,22 @@ class Score:
 def commit_scores(
     fence: Fence, layout: Layout, judge: str, unit: int, scores: Sequence[Score], *, generation: int = 0
 ) -> None:
-    """Publish and record the scores of one unit, given by one version of a judge."""
+    """Publish and record the scores of one unit, given by one version of a judge.
+
+    What is recorded stays: other scores need another name of the judge. Raises InputError for rows of other units.
+    """
+    planned = layout.unit_row_range(unit)
+    for score in scores:
+        if score.row not in planned:
+            rows = f"{planned.start} to {planned.stop - 1}"
+            raise InputError(f"scores of unit {unit}: row {score.row} is none of its rows {rows}.")
     data = encode_table(pa.Table.from_pylist([asdict(score) for score in scores], schema=SCHEMA))
     key = scores_key(judge, unit)
     commit(
         fence,
         scores_slot(judge, unit),
         {key: data, copy_key(key): data},
-        rows=layout.unit_row_range(unit),
+        rows=planned,
         dropped={},
         generation=generation,
     )

@@ -157,7 +157,9 @@ def test_refuses_a_target_layer_beyond_the_model(
 
 def test_refuses_a_run_name_with_a_path(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config(tmp_path, model)
-    refuse(capsys, ["run", str(config), "--store.run", "../x"], "store.run: '../x' is no run name", root=tmp_path)
+    refuse(
+        capsys, ["run", str(config), "--store.run", "../x"], "store.run: '../x' is no name; use letters", root=tmp_path
+    )
 
 
 def test_refuses_a_relative_store_on_a_cluster(

@@ -155,7 +155,7 @@ def test_resume_commits_only_what_is_missing_to_the_same_bytes(tmp_path: Path, r
     for record in read_records(job.folder, COORDINATES_RECORD).values():
         assert record.generation == 0
         assert record.covers == tuple(f"{RESID_POST_MEAN}.{layer_group:03d}" for layer_group in range(3))
-    assert is_current(job.folder, committed_slots(job.folder))
+    assert is_current(job.folder, require_manifest(job.folder), committed_slots(job.folder))
 
 
 def test_extract_without_rollouts_says_what_to_run(tmp_path: Path, responses: Path) -> None:

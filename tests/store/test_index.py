@@ -13,7 +13,7 @@ from personaspace.store.errors import LeaseError
 from personaspace.store.index import INDEX, TABLE, is_current, is_whole, read_index, write_index
 from personaspace.store.lease import Fence, acquire
 from personaspace.store.local import LocalFolder
-from personaspace.store.manifest import Manifest
+from personaspace.store.manifest import Manifest, require_manifest
 from tests.store.small_runs import DROPPED, LAYOUT, OK, PAD, commit_coordinates, complete, create, grow
 
 
@@ -56,7 +56,7 @@ def test_with_and_without_index_the_same_is_read(fence: Fence, run: Manifest) ->
 
 def test_an_index_stands_in_for_the_chunks(fence: Fence, run: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     write_index(fence, run)
-    assert is_current(fence.folder, committed_slots(fence.folder))
+    assert is_current(fence.folder, require_manifest(fence.folder), committed_slots(fence.folder))
     monkeypatch.setattr(index, "_from_chunks", lambda *_: pytest.fail("read the chunks"))
     assert read(fence, run)["status"].tolist() == STATUS
 
@@ -64,12 +64,12 @@ def test_an_index_stands_in_for_the_chunks(fence: Fence, run: Manifest, monkeypa
 def test_an_index_of_an_earlier_state_is_left_aside(fence: Fence, run: Manifest) -> None:
     write_index(fence, run)
     commit_coordinates(fence, LAYOUT, [1])
-    assert not is_current(fence.folder, committed_slots(fence.folder))
+    assert not is_current(fence.folder, require_manifest(fence.folder), committed_slots(fence.folder))
     assert is_whole(fence.folder)
     full = [OK, DROPPED, *[OK] * 8, PAD, PAD]
     expect(fence, run, full, [*range(10, 20), 0, 0])
     write_index(fence, run)
-    assert is_current(fence.folder, committed_slots(fence.folder))
+    assert is_current(fence.folder, require_manifest(fence.folder), committed_slots(fence.folder))
     expect(fence, run, full, [*range(10, 20), 0, 0])
 
 
@@ -101,11 +101,11 @@ def test_a_damaged_index_is_left_aside_and_written_again(fence: Fence, run: Mani
         fence.folder.delete(key)
     else:
         fence.folder.replace(key, whole[:-1] if damage == "cut" else bytes([*whole[:40], whole[40] ^ 1, *whole[41:]]))
-    assert not is_current(fence.folder, committed_slots(fence.folder))
+    assert not is_current(fence.folder, require_manifest(fence.folder), committed_slots(fence.folder))
     assert not is_whole(fence.folder)
     expect(fence, run, STATUS, TOKENS)
     write_index(fence, run)
-    assert is_current(fence.folder, committed_slots(fence.folder))
+    assert is_current(fence.folder, require_manifest(fence.folder), committed_slots(fence.folder))
     assert fence.folder.get(key) == whole
 
 
@@ -136,7 +136,7 @@ def test_a_crash_between_table_and_head_costs_nothing(
     assert not is_whole(fence.folder)
     expect(fence, run, [OK, DROPPED, *[OK] * 8, PAD, PAD], [*range(10, 20), 0, 0])
     write_index(fence, run)
-    assert is_current(fence.folder, committed_slots(fence.folder))
+    assert is_current(fence.folder, require_manifest(fence.folder), committed_slots(fence.folder))
 
 
 def test_shards_and_rollouts_do_not_change_the_state(fence: Fence, run: Manifest) -> None:
@@ -144,7 +144,7 @@ def test_shards_and_rollouts_do_not_change_the_state(fence: Fence, run: Manifest
     commit_coordinates(fence, LAYOUT, [1])
     write_index(fence, run)
     complete(fence)
-    assert is_current(fence.folder, committed_slots(fence.folder))
+    assert is_current(fence.folder, require_manifest(fence.folder), committed_slots(fence.folder))
 
 
 def test_a_fenced_out_driver_writes_no_index(fence: Fence, run: Manifest) -> None:
