@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
-from personaspace.store.errors import IntegrityError
+from personaspace.store.errors import IntegrityError, LeaseError
 from personaspace.store.lease import Fence
 from personaspace.store.objects import Folder
 from personaspace.store.sealed import seal, unseal
@@ -293,5 +293,34 @@ def _publish_record(
     )
     fence.check()
     if fence.folder.put_new(record.key, record.encode()):
+        _withdraw_if_late(fence, record)
         return record
-    return read_record(fence.folder, slot, generation)
+    existing = read_record(fence.folder, slot, generation)
+    if existing.objects == record.objects:
+        return existing
+    # A writer of an earlier driver slept through this publish and woke just before this record: what it vouches for
+    # is no longer there, and the next generation says what is.
+    return _publish_record(
+        fence,
+        slot,
+        stored,
+        rows=rows,
+        dropped=dropped,
+        source=source,
+        covers=covers,
+        generation=generation + 1,
+        adopted=adopted,
+    )
+
+
+def _withdraw_if_late(fence: Fence, record: Record) -> None:
+    """Take back a record that its writer put after its time, if what it vouches for is no longer there."""
+    try:
+        fence.check()
+    except LeaseError:
+        for stored in record.objects:
+            try:
+                read_object(fence.folder, stored)
+            except IntegrityError:
+                fence.folder.delete(record.key)
+        raise

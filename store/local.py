@@ -58,7 +58,10 @@ class LocalFolder:
 
     def get(self, key: str) -> bytes:
         with self._explained("reading", key):
-            return self.resolve(key).read_bytes()
+            try:
+                return self.resolve(key).read_bytes()
+            except IsADirectoryError as error:
+                raise FileNotFoundError(self.resolve(key)) from error  # A folder is no object.
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         with self._opened(key) as descriptor:
@@ -70,7 +73,7 @@ class LocalFolder:
 
     def exists(self, key: str) -> bool:
         with self._explained("reading", key):
-            return self.resolve(key).exists()
+            return self.resolve(key).is_file()
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         with self._explained("listing", check_prefix(prefix)):

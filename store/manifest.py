@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from personaspace.store.commit import StoredObject
+from personaspace.store.commit import StoredObject, publish
 from personaspace.store.errors import IdentityError, InputError, IntegrityError, LeaseError
 from personaspace.store.layout import Layout
 from personaspace.store.lease import Fence
@@ -135,7 +135,7 @@ def write_manifest(fence: Fence, before: Manifest | None, after: Manifest) -> No
     unchanged = before == (None if stored is None else Manifest.decode(stored, where))
     if not unchanged or not fence.folder.compare_and_swap(MANIFEST, stored, data):
         raise LeaseError(f"{where}: was changed by another driver; start again.")
-    fence.folder.replace(MANIFEST_COPY, data)
+    publish(fence, MANIFEST_COPY, data)
 
 
 def check_identity(folder: Folder, existing: Manifest, planned: Mapping[str, Any]) -> None:

@@ -67,8 +67,7 @@ def drop_replaced_records(fence: Fence, say: Callable[[str], None]) -> None:
 
 def _restore_manifest(fence: Fence, manifest: Manifest, harmful: set[str], say: Callable[[str], None]) -> None:
     for key in sorted(harmful & {MANIFEST, MANIFEST_COPY}):
-        fence.check()
-        fence.folder.replace(key, manifest.encode())
+        publish(fence, key, manifest.encode())
         say(f"{key}: restored from its other copy")
 
 

@@ -7,6 +7,7 @@ a URL, or of a message.
 import importlib.util
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, PreconditionError
 from obstore.store import from_url
 from zarr.storage import ObjectStore
 
@@ -64,7 +65,9 @@ class RemoteFolder:
         with self._explained("reading", check_key(key)):
             try:
                 obstore.head(self._store, key)
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if _is_missing_place(error):
+                    raise
                 return False
             return True
 
@@ -84,39 +87,52 @@ class RemoteFolder:
     def put_new(self, key: str, data: bytes) -> bool:
         with self._explained("writing", check_key(key)):
             try:
-                # One request, since a multipart upload can't be conditional.
-                obstore.put(self._store, key, data, mode="create", use_multipart=False)
+                self._put(key, data, "create")
             except AlreadyExistsError:
                 return False
             return True
 
     def replace(self, key: str, data: bytes) -> None:
         with self._explained("writing", check_key(key)):
-            obstore.put(self._store, key, data, use_multipart=False)
+            self._put(key, data, "overwrite")
 
     def compare_and_swap(self, key: str, expected: bytes | None, data: bytes) -> bool:
         with self._explained("writing", check_key(key)):
-            try:
-                found = obstore.get(self._store, key)
-                current: bytes | None = bytes(found.bytes())
-            except FileNotFoundError:
-                current = None
+            current, version = self._read(key)
             if current != expected:
                 return current == data
             try:
-                if current is None:
-                    obstore.put(self._store, key, data, mode="create", use_multipart=False)
-                else:
-                    seen = {"e_tag": found.meta["e_tag"], "version": found.meta["version"]}
-                    version: Any = {name: value for name, value in seen.items() if value is not None}
-                    obstore.put(self._store, key, data, mode=version, use_multipart=False)
-            except (AlreadyExistsError, PreconditionError, FileNotFoundError):
+                self._put(key, data, "create" if version is None else version)
+            except (AlreadyExistsError, PreconditionError, FileNotFoundError) as error:
+                if _is_missing_place(error):
+                    raise
                 # A repeated request finds what its first attempt wrote, when only the answer was lost.
-                try:
-                    return bytes(obstore.get(self._store, key).bytes()) == data
-                except FileNotFoundError:
-                    return False
+                return self._read(key)[0] == data
             return True
+
+    def _read(self, key: str) -> tuple[bytes | None, dict[str, str] | None]:
+        """Content and version of an object; None twice where there is none."""
+        try:
+            found = obstore.get(self._store, key)
+        except FileNotFoundError as error:
+            if _is_missing_place(error):
+                raise
+            return None, None
+        seen = {"e_tag": found.meta["e_tag"], "version": found.meta["version"]}
+        return bytes(found.bytes()), {name: value for name, value in seen.items() if value is not None}
+
+    def _put(self, key: str, data: bytes, mode: Any) -> None:
+        """Write in one request, since a multipart upload can't be conditional; repeat it if no answer comes."""
+        until = time.monotonic() + RETRY_TIMEOUT.total_seconds()
+        while True:
+            try:
+                obstore.put(self._store, key, data, mode=mode, use_multipart=False)
+            except GenericError as error:
+                # obstore repeats what failed, but not a conditional request that was never answered.
+                if "timed out" not in str(error).lower() or time.monotonic() > until:
+                    raise
+            else:
+                return
 
     def sync(self, prefix: str) -> None:
         """Nothing to do: an object store answers when the object is durable."""
@@ -127,20 +143,24 @@ class RemoteFolder:
 
     def zarr_store(self, prefix: str, *, read_only: bool = True) -> ObjectStore[Any]:
         with self._explained("opening", check_key(prefix)):
-            return ObjectStore(_connect(f"{self.url}/{prefix}", os.getpid()), read_only=read_only)
+            return ObjectStore(RemoteFolder(f"{self.url}/{prefix}")._store, read_only=read_only)
 
     @property
     def _store(self) -> Any:
-        return _connect(self.url, os.getpid())
+        if _forked:
+            raise OSError(
+                "this process was forked from one that uses the object store; start it by spawn or forkserver"
+            )
+        return _connect(self.url)
 
     @contextmanager
     def _explained(self, doing: str, key: str) -> Iterator[None]:
         where = f"{self.url}/{key}" if key else self.url
         try:
             yield
-        except FileNotFoundError as error:
-            raise FileNotFoundError(where) from error
         except (BaseError, OSError, ValueError) as error:
+            if isinstance(error, FileNotFoundError) and doing == "reading" and not _is_missing_place(error):
+                raise FileNotFoundError(where) from None
             raise StorageError(
                 f"{where}: {doing} it failed: {redact(str(error))} Check URL, credentials and network (for S3: "
                 "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL in the environment of every "
@@ -170,6 +190,11 @@ def check_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def _is_missing_place(error: Exception) -> bool:
+    """Whether it is the bucket that is missing, and not an object in it."""
+    return any(code in str(error) for code in ("NoSuchBucket", "ContainerNotFound"))
+
+
 def redact(message: str) -> str:
     """First paragraph of a message, without queries of URLs and without secrets that the environment holds."""
     text = message.split("\n\nDebug source", 1)[0]
@@ -183,9 +208,21 @@ def redact(message: str) -> str:
     return " ".join(text.split())
 
 
+_forked = False
+"""This process was forked from one that had connections: its requests would wait for threads that it does not have."""
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = _connect.cache_info().currsize > 0
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
+
 @lru_cache(maxsize=256)
-def _connect(url: str, _pid: int) -> Any:
-    """The store of a URL, one connection pool for each process: a forked child can't use its parent's."""
+def _connect(url: str) -> Any:
+    """The store of a URL, with its connection pool."""
     options: dict[str, Any] = {}
     sdk_files = importlib.util.find_spec("boto3") is not None and "AWS_ACCESS_KEY_ID" not in os.environ
     if url.startswith("s3://") and sdk_files:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import zarr
 
-from personaspace.store.local import LocalFolder
 from personaspace.store.location import open_folder
 from personaspace.store.objects import Folder
 from tests.store.storages import background, in_processes, in_threads, objects
@@ -35,11 +34,6 @@ BAD_KEYS = [
 
 def keys(folder: Folder, prefix: str = "") -> list[str]:
     return [entry.key for entry in objects(folder, prefix)]
-
-
-def known_bug_of_files(storage: Folder, request: pytest.FixtureRequest, reason: str) -> None:
-    if isinstance(storage, LocalFolder):
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
 
 
 @pytest.mark.parametrize("data", [b"", b"x", os.urandom(3_000_000)], ids=["empty", "small", "3 MB"])
@@ -161,7 +155,6 @@ def test_listing_is_bounded_by_the_prefix(storage: Folder) -> None:
 
 
 def test_listing_is_sorted_by_key(storage: Folder, request: pytest.FixtureRequest) -> None:
-    known_bug_of_files(storage, request, "LocalFolder.list sorts each folder for itself")
     for key in ("b", "a/z", "a/b/c", "a-b/x", "a.b", "a/a"):
         storage.put_new(key, b"")
     assert keys(storage) == ["a-b/x", "a.b", "a/a", "a/b/c", "a/z", "b"]
@@ -200,7 +193,6 @@ def test_children_are_the_folders_directly_inside(storage: Folder) -> None:
 
 
 def test_folders_are_no_objects(storage: Folder, request: pytest.FixtureRequest) -> None:
-    known_bug_of_files(storage, request, "LocalFolder takes a folder for an object")
     storage.put_new("commits/000000/x", b"")
     assert not storage.exists("commits")
     with pytest.raises(FileNotFoundError):

@@ -36,8 +36,6 @@ from tests.store.observer import Observer
 from tests.store.small_runs import LAYOUT, commit_coordinates, commit_rollouts, commit_shards, complete, create, grow
 from tests.store.storages import LOCAL_FIRST, PROCESSES, contents, in_threads, settle
 
-INDEX_BUG = "the index does not know the run's length: open_run fails from a growth to its first new coordinates"
-
 
 @pytest.fixture
 def fence(storage: Folder) -> Iterator[Fence]:
@@ -115,7 +113,6 @@ def _sum(run: xr.Dataset) -> float:
     return float(run[RESID_POST_MEAN].sum().values)
 
 
-@pytest.mark.xfail(strict=True, reason=INDEX_BUG, raises=ValueError)
 def test_run_grows_by_a_segment(storage: Folder, fence: Fence, manifest: Manifest) -> None:
     complete(fence)
     write_index(fence, manifest)
@@ -217,7 +214,6 @@ def _drive(environment: dict[str, str], storage: Folder, layout: Layout, ready: 
     drive(storage, layout, 3, ready)
 
 
-@pytest.mark.xfail(strict=True, reason=INDEX_BUG, raises=ValueError)
 def test_readers_during_growth_see_the_old_run_or_the_new_one(
     storage: Folder, fence: Fence, manifest: Manifest
 ) -> None:

@@ -80,7 +80,6 @@ def test_every_interleaving_of_two_writers_is_safe(storage: Folder, name: str) -
         pytest.xfail(RECORD_RACE)
 
 
-@pytest.mark.xfail(strict=True, reason="a record put after the last fence check survives the gc that took its object")
 def test_writer_that_wakes_after_a_gc_records_nothing_that_is_gone(storage: Folder) -> None:
     fence = first_driver(storage)
     create(fence)
@@ -93,7 +92,6 @@ def test_writer_that_wakes_after_a_gc_records_nothing_that_is_gone(storage: Fold
     assert verify(storage, own_epoch=second.epoch).harmful == []
 
 
-@pytest.mark.xfail(strict=True, reason="the copy of run.json is replaced without a look at what is there")
 def test_driver_that_wakes_leaves_the_copy_of_run_json_alone(storage: Folder) -> None:
     made = create(first_driver(storage))
     again = replace(made, sessions=(*made.sessions, {**made.sessions[0], "epoch": 1}))
