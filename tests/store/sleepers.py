@@ -87,13 +87,18 @@ def outcome(work: Callable[[], Any]) -> Any:
 
 
 def check(folder: Folder, scene: Scene, late: Any, record: Record) -> None:
-    """One record of the generation, of the object as it is; who came late got that, or an error."""
-    assert committed_slots(folder) == {SLOT: scene.generation}
-    stored = read_record(folder, SLOT, scene.generation)
+    """The newest record says what the object is; who came late got that, or an error.
+
+    A record that came late enough to precede the next driver's own makes that one take the next generation.
+    """
+    newest = committed_slots(folder)[SLOT]
+    assert newest in (scene.generation, scene.generation + 1)
+    stored = read_record(folder, SLOT, newest)
     assert record == stored
     assert late in ("fenced out", stored)
+    assert newest == scene.generation or late == "fenced out"
     assert stored.objects == (describe(KEY, folder.get(KEY)),)
-    records = {record_key(SLOT, generation) for generation in range(scene.generation + 1)}
+    records = {record_key(SLOT, generation) for generation in range(newest + 1)}
     assert contents(folder, but=(LEASE,)).keys() == {KEY, *records}
 
 
