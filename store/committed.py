@@ -34,6 +34,12 @@ class CommittedStore(WrapperStore[Store]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CommittedStore) and self.__dask_tokenize__() == other.__dask_tokenize__()
 
+    def __str__(self) -> str:
+        return f"{self._folder.url}/{ZARR_GROUP}"
+
+    def __repr__(self) -> str:
+        return f"CommittedStore('{self}')"
+
     def __hash__(self) -> int:
         return hash(self._folder.url)
 

@@ -84,7 +84,7 @@ class LocalFolder:
         try:
             with os.scandir(folder) as found:
                 entries = {f"{entry.name}/" if entry.is_dir() else entry.name: entry for entry in found}
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
         for name, entry in sorted(entries.items()):
             key = f"{prefix}/{name}" if prefix else name

@@ -129,7 +129,7 @@ class RemoteFolder:
                 obstore.put(self._store, key, data, mode=mode, use_multipart=False)
             except GenericError as error:
                 # obstore repeats what failed, but not a conditional request that was never answered.
-                if "timed out" not in str(error).lower() or time.monotonic() > until:
+                if "timedout" not in str(error).lower().replace(" ", "") or time.monotonic() > until:
                     raise
             else:
                 return

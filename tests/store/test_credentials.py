@@ -174,9 +174,6 @@ FAILURES = {
 }
 
 
-AZURE_404 = "Zarr's error shows the store, and obstore panics where the account comes from AZURE_..."
-
-
 @pytest.mark.parametrize("name", FAILURES)
 @pytest.mark.parametrize("service", ["s3", "azure"])
 def test_errors_and_logs_hold_no_secret(
@@ -186,10 +183,7 @@ def test_errors_and_logs_hold_no_secret(
     name: str,
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
-    request: pytest.FixtureRequest,
 ) -> None:
-    if (service, name) == ("azure", "404"):
-        request.applymarker(pytest.mark.xfail(strict=True, raises=BaseException, reason=AZURE_404))
     caplog.set_level(logging.DEBUG)
     folder = fresh_s3() if service == "s3" else azure
     with proxy.failing(replace(FAILURES[name])):
