@@ -10,7 +10,6 @@ import numpy as np
 import xarray as xr
 import zarr
 from dask.base import tokenize
-from numpy.typing import NDArray
 
 from personaspace.store.commit import COORDINATES_RECORD, Slot, committed_slots
 from personaspace.store.committed import CommittedStore
@@ -22,7 +21,12 @@ from personaspace.store.objects import Folder
 from personaspace.store.plan import read_plan_table
 from personaspace.store.schema import PARTS, SPAN_COORDINATES, SPANS, STATUS, ArraySpec
 from personaspace.store.scores import judges, read_scores
-from personaspace.store.shards import NOT_COMMITTED, CommittedShards
+from personaspace.store.shards import NOT_COMMITTED, CommittedShards, SelectedShards
+
+SHARDS = "shards"
+"""Where an array's encoding keeps what reads it."""
+CHUNK_BYTES = 8_000_000
+"""Of a Dask chunk of what `select` gives, unless a single shard has more: for less, Dask takes longer than reading."""
 
 
 def open_run(url: str | Path | Folder, *, scores: str | None = None) -> xr.Dataset:
@@ -130,33 +134,19 @@ def select(
                 f"{name}: the run has none. Import or judge first, or name the judge: open_run(scores=...)."
             )
         keep &= np.isin(run[name].values, _known(run, name, _listed(wanted)))
-    layers: Sequence[int] = range(run.sizes["layer"])
+    layers = np.arange(run.sizes["layer"])
     if layer is not None:
         known = run["layer"].values.tolist()
-        layers = [known.index(value) for value in _known(run, "layer", _listed(layer))]
+        layers = np.array([known.index(value) for value in _known(run, "layer", _listed(layer))], dtype=np.intp)
     rows = np.flatnonzero(keep)
-    return xr.concat(
-        # Dask hands slices down to the shards, and lists not: so layers are taken by slices, and before the rows.
-        [run.isel(layer=part).isel(rollout=_as_slice(rows)) for part in _slices(layers)],
-        dim="layer",
-        data_vars="minimal",
-        coords="minimal",
-        compat="override",
-        join="override",
-        combine_attrs="override",
-    )
-
-
-def _slices(places: Sequence[int]) -> list[slice]:
-    """Slices that give these places in this order, as few as they can be."""
-    starts = [i for i, place in enumerate(places) if i == 0 or places[i - 1] != place - 1]
-    ends = [*starts[1:], len(places)]
-    return [slice(places[i], places[j - 1] + 1) for i, j in zip(starts, ends, strict=False)] or [slice(0, 0)]
-
-
-def _as_slice(rows: NDArray[np.intp]) -> NDArray[np.intp] | slice:
-    parts = _slices(rows.tolist())
-    return parts[0] if len(parts) == 1 else rows
+    direct: dict[Any, xr.Variable] = {}
+    for array, variable in run.data_vars.items():
+        shards = variable.encoding.get(SHARDS)
+        if shards is not None and variable.data.name == _name(shards):
+            chosen = SelectedShards(shards, rows, layers)
+            direct[array] = xr.Variable(variable.dims, _lazy(chosen, chosen.chunks(CHUNK_BYTES)), variable.attrs)
+    selected = run.drop_vars(direct).isel(rollout=rows, layer=layers, missing_dims="ignore")
+    return selected.assign(direct)
 
 
 def _arrays(folder: Folder, manifest: Manifest, committed: dict[Slot, int], *, spans: bool) -> dict[str, xr.Variable]:
@@ -172,10 +162,20 @@ def _arrays(folder: Folder, manifest: Manifest, committed: dict[Slot, int], *, s
                 generations[unit, group] = generation
         shards = CommittedShards(folder, spec.path, layout, generations)
         chunks = (layout.unit_rows, layout.layer_group, layout.hidden)
-        lazy = da.from_array(shards, chunks=chunks, asarray=False, name=f"{spec.name}-{tokenize(shards)}")
         dims = ("span" if spans else "rollout", "layer", "hidden")
-        arrays[spec.name] = xr.Variable(dims, lazy, {"description": spec.description})
+        attributes = {"description": spec.description}
+        # `select` goes back to the shards, as long as nobody has changed the array meanwhile.
+        arrays[spec.name] = xr.Variable(dims, _lazy(shards, chunks), attributes, {SHARDS: shards})
     return arrays
+
+
+def _lazy(values: CommittedShards | SelectedShards, chunks: tuple[Any, ...]) -> da.Array:
+    return da.from_array(values, chunks=chunks, asarray=False, name=_name(values))
+
+
+def _name(values: CommittedShards | SelectedShards) -> str:
+    """Of the Dask array; whatever is done to the array gives it another."""
+    return f"shards-{tokenize(values)}"
 
 
 def _attributes(folder: Folder, manifest: Manifest, committed: dict[Slot, int], status: Any) -> dict[str, Any]:

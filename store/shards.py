@@ -39,42 +39,49 @@ class CommittedShards:
         """``generations``: the committed one of each (unit, group), or NOT_COMMITTED."""
         self._folder = folder
         self._path = path
-        self._layout = layout
+        self.layout = layout
         self._generations = generations
         self.shape = (layout.padded_rows, layout.layers, layout.hidden)
 
     def __dask_tokenize__(self) -> str:
         """Changes whenever more is committed or repaired, so that Dask never mixes two states of a run."""
-        return str(tokenize(self._folder.url, self._path, self._layout, self._generations))
+        return str(tokenize(self._folder.url, self._path, self.layout, self._generations))
 
     def __getitem__(self, index: tuple[Any, ...]) -> NDArray[np.float32]:
         """Raises IntegrityError where a shard with a record is missing or damaged."""
         row_N, layer_L, hidden_D = (_places(part, size) for part, size in zip(index, self.shape, strict=True))
         rows, layers = np.atleast_1d(row_N), np.atleast_1d(layer_L)
         columns = index[2] if isinstance(index[2], slice) else np.atleast_1d(hidden_D)
-        values = np.full((len(rows), len(layers), np.size(hidden_D)), np.nan, dtype=np.float32)
-        unit_N = rows // self._layout.unit_rows
+        values = np.empty((len(rows), len(layers), np.size(hidden_D)), dtype=np.float32)
+        chunk_RD = np.empty((self.layout.unit_rows, self.layout.hidden), dtype=np.float32)
+        whole = slice(0, self.layout.unit_rows)
+        whole_columns = isinstance(index[2], slice) and index[2].indices(self.shape[2]) == (0, self.shape[2], 1)
+        unit_N, group_L = rows // self.layout.unit_rows, layers // self.layout.layer_group
         for unit in np.unique(unit_N).tolist():
             place = _as_slice(np.flatnonzero(unit_N == unit))
-            chunk_rows = _as_slice(rows[place] - unit * self._layout.unit_rows)
-            for position, chunk_RD in self._read(unit, layers):
-                values[place, position] = chunk_RD[chunk_rows][:, columns]
+            chunk_rows = _as_slice(rows[place] - unit * self.layout.unit_rows)
+            # A whole unit of one layer is decoded right to where it belongs.
+            in_place = len(layers) == 1 and whole_columns and isinstance(place, slice) and _is_all(chunk_rows, whole)
+            for group in np.unique(group_L).tolist():
+                positions = np.flatnonzero(group_L == group).tolist()
+                if self._generations[unit, group] == NOT_COMMITTED:
+                    values[place, positions[0] : positions[-1] + 1] = np.nan
+                    continue
+                first = self.layout.group_layers(group).start
+                wanted = [int(layers[position]) - first for position in positions]
+                for position, data in zip(positions, self._read_chunks(unit, group, wanted), strict=True):
+                    target = values[place, position]
+                    if in_place:
+                        self._decode(data, unit, group, target)
+                    else:
+                        self._decode(data, unit, group, chunk_RD)
+                        values[place, position] = chunk_RD[chunk_rows][:, columns]
         return values.reshape(row_N.shape + layer_L.shape + hidden_D.shape)
 
-    def _read(self, unit: int, layers: NDArray[np.int_]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """(Place in ``layers``, its chunk) of everything committed, shard by shard."""
-        group_L = layers // self._layout.layer_group
-        for group in np.unique(group_L).tolist():
-            if self._generations[unit, group] == NOT_COMMITTED:
-                continue
-            places = np.flatnonzero(group_L == group)
-            first = self._layout.group_layers(group).start
-            chunks = self._read_shard(unit, group, (layers[places] - first).tolist())
-            yield from zip(places.tolist(), chunks, strict=True)
-
-    def _read_shard(self, unit: int, group: int, chunks: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+    def _read_chunks(self, unit: int, group: int, chunks: Sequence[int]) -> Iterator[bytes]:
+        """Encoded inner chunks of one shard, by their places in it."""
         key = shard_key(self._path, unit, group)
-        group_size, shape = self._layout.layer_group, (self._layout.unit_rows, self._layout.hidden)
+        group_size = self.layout.layer_group
         index_bytes = group_size * _ENTRY_BYTES + _CRC_BYTES
         try:
             # Most of a shard is read whole, in one request.
@@ -86,7 +93,7 @@ class CommittedShards:
                 if offset == ABSENT:
                     raise IntegrityError(f"{self._folder.url}/{key}: has no chunk for layer {chunk} of its group.")
                 data = self._folder.get_range(key, offset, length) if whole is None else whole[offset : offset + length]
-                yield self._decode(self._checked(data, key, length), key, shape)
+                yield self._checked(data, key, length)
         except FileNotFoundError as error:
             raise IntegrityError(f"{self._folder.url}/{key}: is recorded, but missing.") from error
 
@@ -100,11 +107,53 @@ class CommittedShards:
             )
         return content
 
-    def _decode(self, data: bytes, key: str, shape: tuple[int, int]) -> NDArray[np.float32]:
+    def _decode(self, data: bytes, unit: int, group: int, target_RD: NDArray[np.float32]) -> None:
         try:
-            return np.frombuffer(BLOSC.decode(data), dtype="<f4").reshape(shape)
+            BLOSC.decode(data, out=target_RD)
         except (RuntimeError, ValueError) as error:
+            key = shard_key(self._path, unit, group)
             raise IntegrityError(f"{self._folder.url}/{key}: a chunk does not decode: {error}") from error
+
+
+class SelectedShards:
+    """Array-like view of some rows and layers of ``CommittedShards``, for which only what is wanted is read."""
+
+    dtype = np.dtype(np.float32)
+    ndim = 3
+
+    def __init__(self, shards: CommittedShards, row_N: NDArray[np.int_], layer_L: NDArray[np.int_]) -> None:
+        self._shards, self._row_N, self._layer_L = shards, row_N, layer_L
+        self.shape = (len(row_N), len(layer_L), shards.shape[2])
+
+    def __dask_tokenize__(self) -> str:
+        return str(tokenize(self._shards, self._row_N, self._layer_L))
+
+    def __getitem__(self, index: tuple[Any, ...]) -> NDArray[np.float32]:
+        return self._shards[self._row_N[index[0]], self._layer_L[index[1]], index[2]]
+
+    def chunks(self, size: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Lengths of chunks of about ``size`` bytes that cut no shard in two, if the rows are in order."""
+        layout = self._shards.layout
+        layers = _run_lengths(self._layer_L // layout.layer_group)
+        most = max(1, size // (4 * max(layers, default=1) * self.shape[2]))
+        rows: list[int] = []
+        for length in _run_lengths(self._row_N // layout.unit_rows):
+            if rows and rows[-1] + length <= most:
+                rows[-1] += length
+            else:
+                rows.append(length)
+        return tuple(rows) or (0,), tuple(layers) or (0,), (self.shape[2],)
+
+
+def _is_all(rows: slice | NDArray[np.int_], whole: slice) -> bool:
+    return isinstance(rows, slice) and rows == whole
+
+
+def _run_lengths(values: NDArray[np.int_]) -> list[int]:
+    """How often each value follows itself."""
+    borders = np.flatnonzero(np.diff(values)) + 1
+    lengths: list[int] = np.diff([0, *borders.tolist(), len(values)]).tolist()
+    return lengths if len(values) else []
 
 
 def _places(part: Any, size: int) -> NDArray[np.int_]:

@@ -108,33 +108,41 @@ class Sleeper:
 
     folder: Folder
     work: Callable[[Fence], Any]
-    sleep: int | tuple[str, str]
+    sleep: int | tuple[str, str] | None
     """Its number, or which one it is."""
     asleep_before: tuple[str, str] | None = None
+    """The operation that it sleeps before; None once it is through."""
     late: Any = None
-    _awake: threading.Event = field(init=False)
+    """What it came to."""
+    _asleep: threading.Event = field(default_factory=threading.Event)
+    _awake: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread = field(init=False)
 
     def __post_init__(self) -> None:
         fence = first_driver(self.folder) if read_holder(self.folder) is None else Fence(self.folder, 1)
-        count, asleep, self._awake = itertools.count(1), threading.Event(), threading.Event()
+        count = itertools.count(1)
 
         def before(operation: str, key: str) -> None:
             if self.sleep in (next(count), (operation, key)):
                 self.asleep_before = (operation, key)
-                asleep.set()
+                self._asleep.set()
                 assert self._awake.wait(30)
+                self._awake.clear()
 
         def run() -> None:
             self.late = outcome(lambda: self.work(Fence(hooked(self.folder, before), fence.epoch)))
-            asleep.set()
+            self.asleep_before = None
+            self._asleep.set()
 
         self._thread = threading.Thread(target=run)
         self._thread.start()
-        assert asleep.wait(30)
+        assert self._asleep.wait(30)
 
-    def wake(self) -> Any:
-        """Wake it and wait for its end; what it came to."""
-        self._awake.set()
-        self._thread.join()
+    def wake(self, until: tuple[str, str] | None = None) -> Any:
+        """Wake it, until its next operation ``until`` or its end; what it came to."""
+        if self.asleep_before is not None:
+            self.sleep = until
+            self._asleep.clear()
+            self._awake.set()
+            assert self._asleep.wait(30)
         return self.late

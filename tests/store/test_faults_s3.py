@@ -1,6 +1,7 @@
 """A server that errs, drags, hangs or drops connections: survived where it passes, one clear error where it stays."""
 
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -8,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from personaspace.store import open_run, remote
@@ -22,7 +24,7 @@ from personaspace.store.verify import verify
 from tests.store import small_runs
 from tests.store.fault_proxy import Fault, FaultProxy
 from tests.store.small_runs import LAYOUT, commit_coordinates, commit_rollouts, commit_shards, create
-from tests.store.storages import contents, fresh_s3, in_threads
+from tests.store.storages import PROCESSES, background, contents, fresh_s3, in_threads, settle
 
 PATIENCE = 10.0
 """Seconds that an operation may take to give up, with the timeouts below."""
@@ -31,8 +33,8 @@ PATIENCE = 10.0
 @pytest.fixture
 def folder(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> RemoteFolder:
     """A fresh folder behind the proxy, with little patience."""
-    monkeypatch.setattr(remote, "REQUEST_TIMEOUT", timedelta(seconds=0.7))
-    monkeypatch.setattr(remote, "RETRY_TIMEOUT", timedelta(seconds=1.2))
+    monkeypatch.setattr(remote, "REQUEST_TIMEOUT", timedelta(seconds=0.5))
+    monkeypatch.setattr(remote, "RETRY_TIMEOUT", timedelta(seconds=0.9))
     return fresh_s3()
 
 
@@ -74,7 +76,7 @@ PASSING = {
 }
 
 
-@pytest.mark.parametrize("name", some_are_slow(PASSING, fast=("503", "answers lost")))
+@pytest.mark.parametrize("name", some_are_slow(PASSING, fast=("answers lost",)))
 def test_faults_that_pass_are_survived(folder: RemoteFolder, proxy: FaultProxy, name: str) -> None:
     with proxy.failing(replace(PASSING[name])):
         fence = driver(folder)
@@ -205,8 +207,6 @@ def test_readers_explain_a_server_that_is_gone(folder: RemoteFolder, proxy: Faul
         with pytest.raises(StorageError, match=rf"{RESID_POST_MEAN}/c/\d/\d/0: reading .*failed: .*503"):
             opened[RESID_POST_MEAN].load()
         with pytest.raises(StorageError, match="503"):
-            read_records(folder, RESID_POST_MEAN)
-        with pytest.raises(StorageError, match="503"):
             verify(folder)
     np.testing.assert_array_equal(opened[RESID_POST_MEAN].values, small_runs.values())
 
@@ -232,24 +232,32 @@ def test_missing_bucket_is_one_clear_error(proxy: FaultProxy, operation: str) ->
         getattr(nowhere, operation)("a", *arguments)
 
 
-def test_fork_of_a_connected_process_works_or_says_why_not(folder: RemoteFolder) -> None:
-    """As a DataLoader's or a Pool's workers are on Linux."""
+def fork_after_use(environment: dict[str, str], folder: RemoteFolder, answers: Any) -> None:
+    """Read in this process, then in a fork of it."""
+    settle(environment)
     folder.put_new("a", b"data")
-    processes = multiprocessing.get_context("fork")
-    answers, theirs = processes.Pipe(duplex=False)
 
     def read() -> None:
         try:
-            theirs.send(folder.get("a"))
+            answers.send(folder.get("a"))
         except StorageError as error:
-            theirs.send(str(error))
+            answers.send(str(error))
 
-    child = processes.Process(target=read)
+    child = multiprocessing.get_context("fork").Process(target=read)
     child.start()
-    try:
-        assert answers.poll(4)
-        answer = answers.recv()
-        assert answer == b"data" or "fork" in answer
-    finally:
-        child.kill()
-        child.join()
+    child.join()
+
+
+def test_fork_of_a_connected_process_works_or_says_why_not(folder: RemoteFolder) -> None:
+    """As the workers of a DataLoader or of a Pool are on Linux.
+
+    Not in this process: without the check in ``remote``, the fork's sockets end up in its parent's epoll, which hangs.
+    """
+    answers, theirs = PROCESSES.Pipe(duplex=False)
+    with background(fork_after_use, dict(os.environ), folder, theirs) as parent:
+        came = answers.poll(20)
+        for child in psutil.Process(parent.pid).children():
+            child.kill()
+    assert came
+    answer = answers.recv()
+    assert answer == b"data" or "forked" in answer

@@ -5,7 +5,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from personaspace.store import open_run
-from personaspace.store.commit import record_key
+from personaspace.store.commit import committed_slots, describe, read_record, record_key
 from personaspace.store.creation import write_run
 from personaspace.store.index import INDEX, TABLE, write_index
 from personaspace.store.lease import LEASE, Fence, acquire, read_holder
@@ -59,6 +59,41 @@ def test_every_interleaving_of_two_writers_is_safe(storage: Folder, name: str) -
     for sleep, wake in everything if is_local else random.Random(name).sample(everything, 25):
         met += interleave(storage.child(f"{sleep}-{wake}"), SCENES[name], sleep, wake)
     assert met > (30 if is_local else 3)
+
+
+RECORD = record_key(SLOT, 0)
+
+
+@LOCAL_FIRST
+@pytest.mark.parametrize("then", [("get", LEASE), ("get", KEY), ("delete", RECORD)], ids=" ".join)
+@pytest.mark.parametrize("name", ["no inspection", "orphan, no inspection"])
+def test_writer_that_sleeps_again_after_its_late_record_is_safe(
+    storage: Folder, name: str, then: tuple[str, str]
+) -> None:
+    """It wakes before the next driver's n-th operation, sleeps before ``then``, and wakes again before the m-th."""
+    scene, met = SCENES[name], 0
+    for number, (wake, again) in enumerate(itertools.combinations(range(1, 13), 2)):
+        folder = storage.child(f"run-{number}")
+        scene.prepare(first_driver(folder))
+        first = Sleeper(folder, lambda fence: scene.commit(fence, whole(b"first")), ("put_new", RECORD))
+        count = itertools.count(1)
+
+        def before(*_: str, first: Sleeper = first, count: Iterator[int] = count, at: Any = (wake, again)) -> None:
+            match next(count):
+                case number if number == at[0]:
+                    first.wake(until=then)
+                case number if number == at[1]:
+                    first.wake()
+
+        record = scene.commit(Fence(hooked(folder, before), take_over(folder).epoch), whole(b"second"))
+        met += first.asleep_before is None
+        newest = committed_slots(folder)[SLOT]
+        first.wake()
+        assert committed_slots(folder)[SLOT] == newest
+        assert record == read_record(folder, SLOT, newest)
+        assert record.objects == (describe(KEY, folder.get(KEY)),)
+        assert first.late in ("fenced out", record)
+    assert met > 10
 
 
 def test_writer_that_wakes_after_a_gc_records_nothing_that_is_gone(storage: Folder) -> None:
@@ -122,7 +157,7 @@ def stop_at(step: str, scene: Scene, fence: Fence, answers: Any, environment: di
     answers.send(outcome(lambda: scene.commit(Fence(hooked(fence.folder, before), fence.epoch), whole(b"first"))))
 
 
-@pytest.mark.parametrize("storage", ["local", "s3"], indirect=True)
+@LOCAL_FIRST
 @pytest.mark.parametrize("wakes", ["before the next driver's commit", "after it"])
 @pytest.mark.parametrize("step", STEPS)
 def test_stopped_process_that_wakes_after_a_takeover_commits_nothing_wrong(
