@@ -48,6 +48,8 @@ class Trial:
     kills: int
     records: int
     """Records when all were dead, after the first kill."""
+    hit: bool
+    """Aimed, and the object without its record was there."""
     orphans: int
     """Objects without a record after the last kill; a unit's coordinates are seven."""
     leftovers: int
@@ -139,6 +141,7 @@ class Laboratory:
             fell=fell,
             kills=kills,
             records=len(first.records),
+            hit=crash is not None and len(first.orphans) > 0,
             orphans=len(inventory.orphans),
             leftovers=len(inventory.leftovers),
             collected=collected,
@@ -181,7 +184,12 @@ class Laboratory:
         """Kill a run, and say what it was doing."""
         with self._driver(folder, writers, crash) as (process, answers):
             if crash is None:
-                answers.poll(self._chance.uniform(0, self.seconds[writers]))
+                begin = time.monotonic()
+                if answers.poll(self._chance.uniform(0, self.seconds[writers])):
+                    # The machine is less busy than it was when this was measured.
+                    self.seconds[writers] = (self.seconds[writers] + time.monotonic() - begin) / 2
+                else:
+                    self.seconds[writers] *= 1.02
             else:
                 process.join(PATIENCE)
                 assert process.exitcode == -signal.SIGKILL, f"{crash} never came: {process.exitcode}"

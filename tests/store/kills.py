@@ -87,12 +87,12 @@ def table(trials: Sequence[Trial]) -> str:
 def summary(trials: Sequence[Trial], seconds: float) -> str:
     """The same in a few lines."""
     aimed = [trial for trial in trials if trial.kind == "aimed"]
-    hit = sum(trial.orphans > 0 for trial in aimed)
+    hit = sum(trial.hit for trial in aimed)
     failed = sum(trial.failed for trial in trials)
     total = {name: sum(getattr(trial, name) for trial in trials) for name in (*COLUMNS, "kills")}
     return (
         f"{len(trials)} trials, {total['kills']} kills of 2 to 5 processes each, {seconds:.0f} s.\n"
-        f"Aimed between publish and record: {len(aimed)}, of which {hit} left an orphan.\n"
+        f"Aimed between publish and record: {len(aimed)}, of which {hit} left an object without its record.\n"
         f"Left behind by the last kill of each trial: {total['orphans']} orphans and {total['leftovers']} unfinished "
         f"files; {total['adopted']} orphans were adopted, {total['collected']} objects deleted by gc.\n"
         f"A reader looked {total['looks']} times, {total['partial']} times at a run that was partly there.\n"

