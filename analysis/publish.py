@@ -7,10 +7,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from personaspace.analysis.report import Completeness, DroppedRollout, Sample, render_report
-from personaspace.store.commit import read_records
 from personaspace.store.manifest import Manifest, require_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.reader import open_run
+from personaspace.store.records import (
+    read_records,
+)
 from personaspace.store.rollouts import read_rollouts
 from personaspace.store.schema import RESID_POST_MEAN, STATUS
 from personaspace.store.space import open_space

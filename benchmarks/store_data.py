@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personaspace.store import open_run, select
-from personaspace.store.commit import COORDINATES_RECORD, ROLLOUTS, commit
+from personaspace.store.commit import commit
 from personaspace.store.config import Precision
 from personaspace.store.creation import write_run
 from personaspace.store.index import write_index
@@ -32,6 +32,10 @@ from personaspace.store.lease import Fence, acquire
 from personaspace.store.local import LocalFolder
 from personaspace.store.manifest import Manifest
 from personaspace.store.plan import PlannedRow
+from personaspace.store.records import (
+    COORDINATES_RECORD,
+    ROLLOUTS,
+)
 from personaspace.store.rollouts import Rollout, encode_rollouts
 from personaspace.store.schema import (
     COORDINATES,

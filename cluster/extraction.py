@@ -20,10 +20,16 @@ from personaspace.cluster.stages import StageActor, StageSpec, UnitShards, inspe
 from personaspace.cluster.waiting import next_finished, result
 from personaspace.extract.packing import MicroBatch
 from personaspace.extract.rollouts import micro_batches
-from personaspace.store.commit import COORDINATES_RECORD, ROLLOUTS, adopt, read_records, read_slots
+from personaspace.store.commit import adopt
 from personaspace.store.errors import InputError
 from personaspace.store.layout import ZARR_GROUP, shard_key
 from personaspace.store.lease import Fence
+from personaspace.store.records import (
+    COORDINATES_RECORD,
+    ROLLOUTS,
+    read_records,
+    read_slots,
+)
 from personaspace.store.rollouts import read_rollouts
 
 UNCOMMITTED_WINDOWS = 2

@@ -18,10 +18,13 @@ from personaspace.cluster.job import Job
 from personaspace.cluster.session import share
 from personaspace.cluster.waiting import next_finished, result
 from personaspace.extract.chat import ChatFormat
-from personaspace.store.commit import ROLLOUTS, adopt
+from personaspace.store.commit import adopt
 from personaspace.store.errors import InputError
 from personaspace.store.layout import rollouts_key
 from personaspace.store.lease import Fence
+from personaspace.store.records import (
+    ROLLOUTS,
+)
 
 
 def missing_units(job: Job) -> set[int]:

@@ -15,10 +15,13 @@ from personaspace.extract.generate.noise import rollout_seed
 from personaspace.extract.generate.transformers_engine import TransformersEngine
 from personaspace.extract.personas import PlannedRollout
 from personaspace.extract.rollouts import generated_rollout, imported_rollout
-from personaspace.store.commit import ROLLOUTS, commit
+from personaspace.store.commit import commit
 from personaspace.store.errors import IntegrityError
 from personaspace.store.layout import rollouts_key
 from personaspace.store.lease import Fence
+from personaspace.store.records import (
+    ROLLOUTS,
+)
 from personaspace.store.rollouts import Rollout, decode_rollouts, encode_rollouts
 
 

@@ -20,7 +20,6 @@ from personaspace.extract.personas import (
     plan_imported,
     plan_personas,
 )
-from personaspace.store.commit import Slot, committed_slots
 from personaspace.store.config import StoreConfig
 from personaspace.store.errors import IdentityError, InputError
 from personaspace.store.formats.role_names import DEFAULT_ROLE
@@ -29,6 +28,10 @@ from personaspace.store.location import run_folder
 from personaspace.store.manifest import Manifest, check_identity, read_manifest, refuse_frozen
 from personaspace.store.objects import Folder
 from personaspace.store.plan import PlannedRow, read_plan
+from personaspace.store.records import (
+    Slot,
+    committed_slots,
+)
 from personaspace.store.schema import RESID_POST_MEAN, ArraySpec
 
 

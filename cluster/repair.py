@@ -1,16 +1,21 @@
 """Repairing a run: what the store can't restore by itself is computed again, and committed as the next generation."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 
 from personaspace.cluster.generators import inspect_rollouts
 from personaspace.cluster.job import Job
 from personaspace.cluster.stages import inspect_shard
-from personaspace.store.commit import COORDINATES_RECORD, ROLLOUTS, Slot, adopt, read_records
+from personaspace.store.commit import adopt
 from personaspace.store.errors import IntegrityError
 from personaspace.store.layout import rollouts_key, shard_key
 from personaspace.store.lease import Fence
+from personaspace.store.records import (
+    COORDINATES_RECORD,
+    ROLLOUTS,
+    Slot,
+    read_records,
+)
 from personaspace.store.verify import Problem, Verification
 
 
@@ -49,8 +54,3 @@ def adopt_whole(job: Job, fence: Fence, found: Verification, say: Callable[[str]
             say(f"{key}: whole, and recorded again")
             adopted.add(slot)
     return adopted
-
-
-def with_redo(job: Job, problems: Iterable[Problem]) -> Job:
-    """The job that makes the damaged pieces again and nothing else."""
-    return replace(job, redo=slots_to_redo(job, problems))

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from personaspace.exchange_cli import add_exchange
-from personaspace.store.catalog import DamagedRun, RunSummary, describe, human_bytes, runs, summarize
+from personaspace.store.catalog import DamagedRun, RunSummary, as_row, describe, human_bytes, runs, summarize
 from personaspace.store.copying import copy_run, refuse_foreign_copy
 from personaspace.store.errors import InputError, IntegrityError, PersonaspaceError
 from personaspace.store.freeze import freeze_run
@@ -102,13 +102,13 @@ def _ls(parsed: argparse.Namespace, _: Sequence[str]) -> int:
     chosen = [run for run in runs(root) if _matches(run, parsed)]
     if parsed.json:
         for run in chosen:
-            print(json.dumps(_row(run)))
+            print(json.dumps(as_row(run)))
         return 0
     table = Table(box=None, pad_edge=False)
     for heading in ("run", "model", "shape", "rollouts", "layers", "state", "size", "last session"):
         table.add_column(heading, no_wrap=True)
     for run in chosen:
-        row = _row(run)
+        row = as_row(run)
         table.add_row(*(str(row.get(name, "")) for name in row))
     if not chosen:
         print(f"{root.url}: no runs, or none that match.")
@@ -126,22 +126,6 @@ def _matches(run: RunSummary | DamagedRun, parsed: argparse.Namespace) -> bool:
         and (parsed.layer is None or parsed.layer in run.layers)
         and (parsed.state is None or parsed.state == run.state)
     )
-
-
-def _row(run: RunSummary | DamagedRun) -> dict[str, Any]:
-    if isinstance(run, DamagedRun):
-        return {"run": run.name, "model": "", "shape": "", "rollouts": "", "layers": "", "state": "damaged", "size": ""}
-    layout, session = run.manifest.layout, run.manifest.sessions[-1]
-    return {
-        "run": run.name,
-        "model": run.model,
-        "shape": f"{layout.layers} x {layout.hidden}",
-        "rollouts": f"{run.extracted}/{layout.rows}",
-        "layers": f"{len(run.layers)}/{layout.layers}",
-        "state": run.state,
-        "size": human_bytes(run.bytes),
-        "last session": f"{session['started']} {session['user']}@{session['host']}",
-    }
 
 
 def _show(parsed: argparse.Namespace, _: Sequence[str]) -> int:

@@ -7,13 +7,16 @@ from typing import Literal
 
 import numpy as np
 
-from personaspace.store.commit import ROLLOUTS, parse_record_key
 from personaspace.store.errors import InputError, IntegrityError, LeaseError
 from personaspace.store.index import read_index
 from personaspace.store.lease import Holder, read_holder
 from personaspace.store.location import is_run_name
 from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, Manifest, require_manifest
 from personaspace.store.objects import Folder
+from personaspace.store.records import (
+    ROLLOUTS,
+    parse_record_key,
+)
 from personaspace.store.schema import STATUS
 from personaspace.store.scores import judges
 from personaspace.store.space import LATEST
@@ -152,6 +155,23 @@ def describe(summary: RunSummary) -> str:
         "code": (manifest.sessions[-1]["git_commit"] if manifest.sessions else None) or "not in git",
     }
     return "\n".join(f"{name:10s} {text}" for name, text in lines.items())
+
+
+def as_row(run: RunSummary | DamagedRun) -> dict[str, str]:
+    """Columns of a listing, for people."""
+    if isinstance(run, DamagedRun):
+        return {"run": run.name, "model": "", "shape": "", "rollouts": "", "layers": "", "state": "damaged", "size": ""}
+    layout, session = run.manifest.layout, run.manifest.sessions[-1]
+    return {
+        "run": run.name,
+        "model": run.model,
+        "shape": f"{layout.layers} x {layout.hidden}",
+        "rollouts": f"{run.extracted}/{layout.rows}",
+        "layers": f"{len(run.layers)}/{layout.layers}",
+        "state": run.state,
+        "size": human_bytes(run.bytes),
+        "last session": f"{session['started']} {session['user']}@{session['host']}",
+    }
 
 
 def human_bytes(count: float) -> str:

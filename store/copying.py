@@ -5,21 +5,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from personaspace.store.catalog import REPORT
-from personaspace.store.commit import (
-    READ_THREADS,
-    StoredObject,
-    committed_slots,
-    describe,
-    publish,
-    read_object,
-    read_slots,
-)
+from personaspace.store.commit import publish
 from personaspace.store.creation import refuse_foreign
 from personaspace.store.errors import InputError
 from personaspace.store.lease import Fence
 from personaspace.store.manifest import Manifest, read_manifest, require_manifest, write_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.plan import copy_key
+from personaspace.store.records import (
+    READ_THREADS,
+    StoredObject,
+    committed_slots,
+    describe,
+    read_object,
+    read_slots,
+)
 from personaspace.store.sealed import seal, unseal
 from personaspace.store.space import copy_space
 

@@ -7,13 +7,16 @@ it is written again.
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from personaspace.store.commit import describe, publish
+from personaspace.store.commit import publish
 from personaspace.store.errors import InputError
 from personaspace.store.layout import ZARR_GROUP
 from personaspace.store.lease import LEASE, Fence
 from personaspace.store.manifest import MANIFEST, Manifest, write_manifest
 from personaspace.store.objects import LOCK, SCRATCH, Folder
 from personaspace.store.plan import PlannedRow, copy_key, encode_plan, plan_key
+from personaspace.store.records import (
+    describe,
+)
 from personaspace.store.schema import group_objects
 
 

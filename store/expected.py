@@ -5,13 +5,17 @@ from collections.abc import Callable
 from functools import partial
 
 from personaspace.store.catalog import REPORT
-from personaspace.store.commit import COORDINATES_RECORD, ROLLOUTS, Slot
 from personaspace.store.committed import chunk_slot
 from personaspace.store.index import INDEX, TABLE
 from personaspace.store.layout import ZARR_GROUP, coordinate_key, rollouts_key, shard_key
 from personaspace.store.lease import LEASE
 from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, Manifest
 from personaspace.store.objects import LOCK
+from personaspace.store.records import (
+    COORDINATES_RECORD,
+    ROLLOUTS,
+    Slot,
+)
 from personaspace.store.rollouts import decode_rollouts
 from personaspace.store.schema import COORDINATES, SPANS, decode_coordinate, decode_shard
 from personaspace.store.scores import SCORES

@@ -11,13 +11,20 @@ import pyarrow as pa
 import zarr
 from numpy.typing import NDArray
 
-from personaspace.store.commit import COORDINATES_RECORD, Slot, StoredObject, committed_slots, describe, read_object
 from personaspace.store.committed import CommittedStore, digest
 from personaspace.store.errors import IntegrityError
 from personaspace.store.lease import Fence
 from personaspace.store.manifest import Manifest
 from personaspace.store.objects import Folder
 from personaspace.store.parquet import decode_table, encode_table
+from personaspace.store.records import (
+    COORDINATES_RECORD,
+    Slot,
+    StoredObject,
+    committed_slots,
+    describe,
+    read_object,
+)
 from personaspace.store.sealed import seal, unseal
 
 INDEX = "index.json"

@@ -9,11 +9,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from personaspace.store.commit import StoredObject, publish
+from personaspace.store.commit import publish
 from personaspace.store.errors import IdentityError, InputError, IntegrityError, LeaseError
 from personaspace.store.layout import Layout
 from personaspace.store.lease import Fence
 from personaspace.store.objects import Folder
+from personaspace.store.records import (
+    StoredObject,
+)
 from personaspace.store.schema import ArraySpec
 from personaspace.store.sealed import seal, unseal
 

@@ -3,22 +3,22 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from personaspace.store.commit import (
-    COMMITS,
-    StoredObject,
-    committed_slots,
-    describe,
-    parse_record_key,
-    publish,
-    read_object,
-    read_record,
-)
+from personaspace.store.commit import publish
 from personaspace.store.creation import run_metadata
 from personaspace.store.errors import IntegrityError
 from personaspace.store.index import INDEX, TABLE
 from personaspace.store.lease import Fence
 from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, Manifest, read_manifest, write_manifest
 from personaspace.store.plan import copy_key
+from personaspace.store.records import (
+    COMMITS,
+    StoredObject,
+    committed_slots,
+    describe,
+    parse_record_key,
+    read_object,
+    read_record,
+)
 from personaspace.store.scores import SCORES, restore_scores
 from personaspace.store.verify import Verification
 

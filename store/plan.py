@@ -11,10 +11,12 @@ from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 
-from personaspace.store.commit import read_object
 from personaspace.store.manifest import Manifest
 from personaspace.store.objects import Folder
 from personaspace.store.parquet import decode_table, encode_table
+from personaspace.store.records import (
+    read_object,
+)
 
 SCHEMA = pa.schema(
     [

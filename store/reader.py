@@ -11,7 +11,6 @@ import xarray as xr
 import zarr
 from dask.base import tokenize
 
-from personaspace.store.commit import COORDINATES_RECORD, Slot, committed_slots
 from personaspace.store.committed import CommittedStore
 from personaspace.store.errors import InputError
 from personaspace.store.index import read_index
@@ -19,6 +18,11 @@ from personaspace.store.location import open_folder
 from personaspace.store.manifest import Manifest, require_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.plan import read_plan_table
+from personaspace.store.records import (
+    COORDINATES_RECORD,
+    Slot,
+    committed_slots,
+)
 from personaspace.store.schema import PARTS, SPAN_COORDINATES, SPANS, STATUS, ArraySpec
 from personaspace.store.scores import judges, read_scores
 from personaspace.store.shards import NOT_COMMITTED, CommittedShards, SelectedShards

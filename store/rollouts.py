@@ -6,9 +6,15 @@ from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 
-from personaspace.store.commit import READ_THREADS, ROLLOUTS, Record, read_object, read_records
 from personaspace.store.objects import Folder
 from personaspace.store.parquet import decode_table, encode_table
+from personaspace.store.records import (
+    READ_THREADS,
+    ROLLOUTS,
+    Record,
+    read_object,
+    read_records,
+)
 
 SCHEMA = pa.schema(
     [

@@ -11,15 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from personaspace.store.commit import (
-    Slot,
-    commit,
-    describe,
-    publish,
-    read_object,
-    read_record,
-    read_slots,
-)
+from personaspace.store.commit import commit, publish
 from personaspace.store.errors import InputError, IntegrityError
 from personaspace.store.layout import Layout
 from personaspace.store.lease import Fence
@@ -27,6 +19,13 @@ from personaspace.store.location import check_run_name
 from personaspace.store.objects import Folder
 from personaspace.store.parquet import decode_table, encode_table
 from personaspace.store.plan import copy_key
+from personaspace.store.records import (
+    Slot,
+    describe,
+    read_object,
+    read_record,
+    read_slots,
+)
 
 SCORES = "scores"
 SCHEMA = pa.schema(

@@ -11,9 +11,13 @@ from typing import Any
 
 import xarray as xr
 
-from personaspace.store.commit import StoredObject, describe, read_object
 from personaspace.store.errors import InputError
 from personaspace.store.objects import Folder
+from personaspace.store.records import (
+    StoredObject,
+    describe,
+    read_object,
+)
 from personaspace.store.sealed import seal, unseal
 
 SPACE = "space"

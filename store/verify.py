@@ -6,7 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
 
-from personaspace.store.commit import (
+from personaspace.store.copying import COPYING
+from personaspace.store.errors import IntegrityError, LeaseError
+from personaspace.store.expected import KNOWN, decoders, orphan_slot
+from personaspace.store.index import INDEX, TABLE, is_whole
+from personaspace.store.lease import LEASE, read_holder
+from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, Manifest, read_manifest, require_manifest
+from personaspace.store.objects import SCRATCH, Folder
+from personaspace.store.plan import copy_key
+from personaspace.store.records import (
     READ_THREADS,
     ROLLOUTS,
     Record,
@@ -18,14 +26,6 @@ from personaspace.store.commit import (
     read_record,
     record_key,
 )
-from personaspace.store.copying import COPYING
-from personaspace.store.errors import IntegrityError, LeaseError
-from personaspace.store.expected import KNOWN, decoders, orphan_slot
-from personaspace.store.index import INDEX, TABLE, is_whole
-from personaspace.store.lease import LEASE, read_holder
-from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, Manifest, read_manifest, require_manifest
-from personaspace.store.objects import SCRATCH, Folder
-from personaspace.store.plan import copy_key
 from personaspace.store.scores import SCORES
 from personaspace.store.space import LATEST, SPACE, space_objects
 

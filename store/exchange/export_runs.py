@@ -15,7 +15,6 @@ import pyarrow as pa
 import xarray as xr
 from numpy.typing import NDArray
 
-from personaspace.store.commit import committed_slots
 from personaspace.store.errors import InputError, IntegrityError
 from personaspace.store.formats.assistant_axis import Response, question_numbers, write_responses
 from personaspace.store.formats.assistant_axis_scores import response_key, write_scores
@@ -26,6 +25,9 @@ from personaspace.store.layout import ranges
 from personaspace.store.manifest import Manifest, require_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.reader import open_run, stored_layers
+from personaspace.store.records import (
+    committed_slots,
+)
 from personaspace.store.rollouts import SCHEMA, read_rollouts
 from personaspace.store.schema import RESID_POST_MEAN, STATUS
 from personaspace.store.scores import judges

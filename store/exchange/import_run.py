@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from personaspace.store.commit import COORDINATES_RECORD, ROLLOUTS, Record, Slot, commit, committed_slots
+from personaspace.store.commit import commit
 from personaspace.store.config import Precision
 from personaspace.store.coordinates import unit_coordinates
 from personaspace.store.creation import refuse_foreign, write_run
@@ -29,6 +29,13 @@ from personaspace.store.mend import drop_replaced_records
 from personaspace.store.objects import Folder
 from personaspace.store.plan import PlannedRow
 from personaspace.store.provenance import session_entry
+from personaspace.store.records import (
+    COORDINATES_RECORD,
+    ROLLOUTS,
+    Record,
+    Slot,
+    committed_slots,
+)
 from personaspace.store.rollouts import Rollout, encode_rollouts
 from personaspace.store.schema import RESID_POST_MEAN, ArraySpec, encode_shard
 from personaspace.store.scores import scores_key

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from personaspace.store.commit import committed_slots, read_object, read_record
 from personaspace.store.errors import InputError, IntegrityError
 from personaspace.store.formats.assistant_axis import Response, question_numbers, read_role_responses
 from personaspace.store.formats.assistant_axis_scores import iter_scores, parse_key, response_key
@@ -29,6 +28,11 @@ from personaspace.store.objects import Folder
 from personaspace.store.parquet import decode_table
 from personaspace.store.plan import PlannedRow, read_plan
 from personaspace.store.provenance import session_entry
+from personaspace.store.records import (
+    committed_slots,
+    read_object,
+    read_record,
+)
 from personaspace.store.rollouts import read_rollouts
 from personaspace.store.scores import SCHEMA, Score, commit_scores, scores_key, scores_slot
 

@@ -9,13 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from personaspace.store.commit import READ_THREADS
 from personaspace.store.errors import InputError
 from personaspace.store.formats.assistant_axis import Response, read_role_responses
 from personaspace.store.formats.assistant_axis_scores import response_key
 from personaspace.store.formats.directions import some
 from personaspace.store.formats.role_names import DEFAULT_ROLE, check_role_name, role_files
 from personaspace.store.plan import PlannedRow, rollout_id
+from personaspace.store.records import (
+    READ_THREADS,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

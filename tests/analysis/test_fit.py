@@ -11,7 +11,7 @@ from personaspace.analysis.config import AnalysisConfig
 from personaspace.analysis.fit import fit, target_layer
 from personaspace.analysis.publish import publish_report
 from personaspace.store import open_run
-from personaspace.store.commit import COORDINATES_RECORD, ROLLOUTS, commit
+from personaspace.store.commit import commit
 from personaspace.store.creation import write_run
 from personaspace.store.errors import InputError
 from personaspace.store.layout import Layout, coordinate_key, rollouts_key, shard_key
@@ -19,6 +19,10 @@ from personaspace.store.lease import acquire
 from personaspace.store.local import LocalFolder
 from personaspace.store.manifest import Manifest
 from personaspace.store.plan import PlannedRow
+from personaspace.store.records import (
+    COORDINATES_RECORD,
+    ROLLOUTS,
+)
 from personaspace.store.rollouts import Rollout, encode_rollouts
 from personaspace.store.schema import RESID_POST_MEAN, ArraySpec, encode_coordinate, encode_shard
 from personaspace.store.space import open_space

@@ -19,13 +19,18 @@ from personaspace.cluster.job import Job, prepare
 from personaspace.cluster.session import hold_run
 from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig
 from personaspace.store import open_run
-from personaspace.store.commit import COORDINATES_RECORD, ROLLOUTS, committed_slots, read_records
 from personaspace.store.config import StoreConfig
 from personaspace.store.errors import IdentityError, InputError
 from personaspace.store.freeze import freeze_run
 from personaspace.store.index import is_current
 from personaspace.store.lease import acquire
 from personaspace.store.manifest import require_manifest
+from personaspace.store.records import (
+    COORDINATES_RECORD,
+    ROLLOUTS,
+    committed_slots,
+    read_records,
+)
 from personaspace.store.rollouts import read_rollouts
 from personaspace.store.schema import RESID_POST_MEAN
 from tests.models import tiny_checkpoint

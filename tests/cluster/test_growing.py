@@ -21,12 +21,17 @@ from personaspace.cluster.session import hold_run
 from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig
 from personaspace.store import open_run
 from personaspace.store.catalog import summarize
-from personaspace.store.commit import COORDINATES_RECORD, committed_slots, read_record, read_records
 from personaspace.store.config import StoreConfig
 from personaspace.store.errors import IdentityError, InputError
 from personaspace.store.layout import ZARR_GROUP
 from personaspace.store.manifest import require_manifest
 from personaspace.store.objects import Folder
+from personaspace.store.records import (
+    COORDINATES_RECORD,
+    committed_slots,
+    read_record,
+    read_records,
+)
 from personaspace.store.rollouts import read_rollouts
 from personaspace.store.schema import RESID_POST_MEAN
 from personaspace.store.verify import verify

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 from numpy.typing import NDArray
 
-from personaspace.store.commit import COORDINATES_RECORD, ROLLOUTS, adopt, commit, committed_slots, describe
+from personaspace.store.commit import adopt, commit
 from personaspace.store.creation import refuse_foreign, write_run
 from personaspace.store.errors import IntegrityError
 from personaspace.store.index import write_index
@@ -26,6 +26,12 @@ from personaspace.store.layout import ZARR_GROUP, Layout, rollouts_key, shard_ke
 from personaspace.store.lease import Fence, acquire
 from personaspace.store.manifest import read_manifest
 from personaspace.store.objects import Folder
+from personaspace.store.records import (
+    COORDINATES_RECORD,
+    ROLLOUTS,
+    committed_slots,
+    describe,
+)
 from personaspace.store.rollouts import decode_rollouts, encode_rollouts
 from personaspace.store.schema import RESID_POST_MEAN, decode_shard, encode_shard
 from tests.store import small_runs

@@ -10,12 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from personaspace.store.commit import COORDINATES_RECORD, ROLLOUTS, Record, commit
+from personaspace.store.commit import commit
 from personaspace.store.creation import write_run
 from personaspace.store.layout import Layout, coordinate_key, rollouts_key, shard_key
 from personaspace.store.lease import Fence
 from personaspace.store.manifest import Manifest
 from personaspace.store.plan import PlannedRow
+from personaspace.store.records import (
+    COORDINATES_RECORD,
+    ROLLOUTS,
+    Record,
+)
 from personaspace.store.rollouts import Rollout, encode_rollouts
 from personaspace.store.schema import COORDINATES, RESID_POST_MEAN, STATUS, ArraySpec, encode_coordinate, encode_shard
 

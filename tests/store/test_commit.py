@@ -14,24 +14,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from personaspace.store.commit import (
+from personaspace.store.commit import adopt, commit, publish
+from personaspace.store.errors import IntegrityError, LeaseError
+from personaspace.store.layout import Layout
+from personaspace.store.lease import Fence, acquire
+from personaspace.store.local import LocalFolder
+from personaspace.store.records import (
     Record,
     Slot,
-    adopt,
-    commit,
     committed_slots,
     describe,
     parse_record_key,
-    publish,
     read_object,
     read_record,
     read_records,
     record_key,
 )
-from personaspace.store.errors import IntegrityError, LeaseError
-from personaspace.store.layout import Layout
-from personaspace.store.lease import Fence, acquire
-from personaspace.store.local import LocalFolder
 from personaspace.store.schema import encode_coordinate, encode_shard
 from personaspace.store.sealed import seal, unseal
 

@@ -16,7 +16,6 @@ import xarray as xr
 import zarr
 
 from personaspace.store import open_run
-from personaspace.store.commit import committed_slots, read_object
 from personaspace.store.creation import refuse_foreign, run_metadata, write_run
 from personaspace.store.errors import InputError, LeaseError
 from personaspace.store.layout import ZARR_GROUP
@@ -24,6 +23,10 @@ from personaspace.store.lease import Fence, acquire
 from personaspace.store.local import LocalFolder
 from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, Manifest, read_manifest, require_manifest
 from personaspace.store.plan import read_plan
+from personaspace.store.records import (
+    committed_slots,
+    read_object,
+)
 from personaspace.store.schema import ArraySpec
 from tests.store.small_runs import ALL, LAYOUT, MEAN, OK, PAD, complete, create, planned, small_manifest, values
 

@@ -22,7 +22,6 @@ from personaspace.config import RunConfig, load_config
 from personaspace.extract.config import ModelConfig
 from personaspace.store import open_run, remote
 from personaspace.store.catalog import describe, summarize
-from personaspace.store.commit import committed_slots, read_records
 from personaspace.store.committed import CommittedStore
 from personaspace.store.errors import InputError, PersonaspaceError, StorageError
 from personaspace.store.index import write_index
@@ -31,6 +30,10 @@ from personaspace.store.lease import Fence, acquire
 from personaspace.store.location import open_folder
 from personaspace.store.objects import Folder
 from personaspace.store.provenance import session_entry
+from personaspace.store.records import (
+    committed_slots,
+    read_records,
+)
 from personaspace.store.remote import RemoteFolder
 from personaspace.store.schema import RESID_POST_MEAN
 from personaspace.store.scores import Score, commit_scores, scores_key, scores_slot

@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 
 from personaspace.store import open_run
-from personaspace.store.commit import committed_slots
 from personaspace.store.errors import PersonaspaceError, StorageError
 from personaspace.store.index import write_index
 from personaspace.store.lease import LEASE, Fence, acquire
 from personaspace.store.local import LocalFolder
 from personaspace.store.manifest import MANIFEST, read_manifest
 from personaspace.store.objects import SCRATCH
+from personaspace.store.records import (
+    committed_slots,
+)
 from personaspace.store.schema import RESID_POST_MEAN
 from personaspace.store.verify import verify
 from tests.store import small_runs

@@ -13,11 +13,15 @@ import psutil
 import pytest
 
 from personaspace.store import open_run, remote
-from personaspace.store.commit import committed_slots, describe, read_records
 from personaspace.store.errors import StorageError
 from personaspace.store.index import write_index
 from personaspace.store.lease import LEASE, Fence, acquire, read_holder
 from personaspace.store.manifest import read_manifest
+from personaspace.store.records import (
+    committed_slots,
+    describe,
+    read_records,
+)
 from personaspace.store.remote import RemoteFolder
 from personaspace.store.schema import RESID_POST_MEAN
 from personaspace.store.verify import verify

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from personaspace.store import open_run
-from personaspace.store.commit import COORDINATES_RECORD, commit, committed_slots, read_record
+from personaspace.store.commit import commit
 from personaspace.store.creation import write_run
 from personaspace.store.errors import InputError, IntegrityError, LeaseError
 from personaspace.store.freeze import content_hash, freeze_run
@@ -25,6 +25,11 @@ from personaspace.store.manifest import (
     read_manifest,
     refuse_frozen,
     require_manifest,
+)
+from personaspace.store.records import (
+    COORDINATES_RECORD,
+    committed_slots,
+    read_record,
 )
 from personaspace.store.schema import ArraySpec
 from personaspace.store.scores import Score, commit_scores

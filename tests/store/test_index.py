@@ -8,12 +8,14 @@ import pytest
 from numpy.typing import NDArray
 
 from personaspace.store import index, open_run
-from personaspace.store.commit import committed_slots
 from personaspace.store.errors import LeaseError
 from personaspace.store.index import INDEX, TABLE, is_current, is_whole, read_index, write_index
 from personaspace.store.lease import Fence, acquire
 from personaspace.store.local import LocalFolder
 from personaspace.store.manifest import Manifest, require_manifest
+from personaspace.store.records import (
+    committed_slots,
+)
 from tests.store.small_runs import DROPPED, LAYOUT, OK, PAD, commit_coordinates, complete, create, grow
 
 

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from personaspace.store.commit import StoredObject
 from personaspace.store.errors import IdentityError, InputError, IntegrityError, LeaseError
 from personaspace.store.layout import Layout
 from personaspace.store.lease import Fence, acquire
@@ -26,6 +25,9 @@ from personaspace.store.manifest import (
     refuse_frozen,
     require_manifest,
     write_manifest,
+)
+from personaspace.store.records import (
+    StoredObject,
 )
 from personaspace.store.schema import ArraySpec
 from personaspace.store.sealed import seal, unseal

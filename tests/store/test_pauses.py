@@ -13,13 +13,18 @@ import psutil
 import pytest
 
 from personaspace.store import open_run
-from personaspace.store.commit import committed_slots, describe, read_record, record_key
 from personaspace.store.creation import write_run
 from personaspace.store.index import INDEX, TABLE, write_index
 from personaspace.store.lease import LEASE, Fence, acquire, read_holder
 from personaspace.store.local import LocalFolder
 from personaspace.store.manifest import MANIFEST_COPY, read_manifest
 from personaspace.store.objects import Folder
+from personaspace.store.records import (
+    committed_slots,
+    describe,
+    read_record,
+    record_key,
+)
 from personaspace.store.removal import collect_garbage, garbage
 from personaspace.store.verify import verify
 from tests.store import small_runs

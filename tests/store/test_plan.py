@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from personaspace.store.commit import describe
 from personaspace.store.errors import IntegrityError
 from personaspace.store.lease import Fence, acquire
 from personaspace.store.local import LocalFolder
 from personaspace.store.manifest import Manifest
 from personaspace.store.plan import SCHEMA, PlannedRow, copy_key, encode_plan, plan_key, read_plan
+from personaspace.store.records import (
+    describe,
+)
 from tests.store.small_runs import LAYOUT, create, grow, planned, small_manifest
 
 INDICES = st.integers(0, 2**31 - 1)

@@ -22,7 +22,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
 from personaspace.store import open_run, open_spans, select
-from personaspace.store.commit import commit, committed_slots
+from personaspace.store.commit import commit
 from personaspace.store.committed import CommittedStore, chunk_slot
 from personaspace.store.errors import InputError, IntegrityError
 from personaspace.store.index import write_index
@@ -31,6 +31,9 @@ from personaspace.store.lease import Fence, acquire
 from personaspace.store.local import LocalFolder
 from personaspace.store.manifest import require_manifest
 from personaspace.store.reader import stored_layers
+from personaspace.store.records import (
+    committed_slots,
+)
 from personaspace.store.schema import (
     RESID_POST_MEAN,
     SPAN_COORDINATES,

@@ -12,11 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from personaspace.store.commit import ROLLOUTS, commit
+from personaspace.store.commit import commit
 from personaspace.store.errors import IntegrityError
 from personaspace.store.layout import rollouts_key
 from personaspace.store.lease import Fence, acquire
 from personaspace.store.local import LocalFolder
+from personaspace.store.records import (
+    ROLLOUTS,
+)
 from personaspace.store.rollouts import SCHEMA, Rollout, decode_rollouts, encode_rollouts, read_rollouts
 
 

@@ -11,11 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from personaspace.store import open_run, select
-from personaspace.store.commit import committed_slots, read_record
 from personaspace.store.errors import InputError, IntegrityError, LeaseError
 from personaspace.store.lease import Fence, acquire
 from personaspace.store.local import LocalFolder
 from personaspace.store.plan import copy_key
+from personaspace.store.records import (
+    committed_slots,
+    read_record,
+)
 from personaspace.store.scores import (
     Score,
     commit_scores,

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from personaspace.store.commit import read_object
 from personaspace.store.errors import InputError, IntegrityError
 from personaspace.store.local import LocalFolder
+from personaspace.store.records import (
+    read_object,
+)
 from personaspace.store.space import LATEST, copy_space, open_space, save_space, space_objects
 
 

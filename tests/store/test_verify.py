@@ -8,13 +8,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from personaspace.store.commit import COORDINATES_RECORD, ROLLOUTS, Record, commit
+from personaspace.store.commit import commit
 from personaspace.store.errors import InputError, IntegrityError
 from personaspace.store.index import write_index
 from personaspace.store.layout import rollouts_key, shard_key
 from personaspace.store.lease import LEASE, acquire
 from personaspace.store.local import LocalFolder
 from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, require_manifest
+from personaspace.store.records import (
+    COORDINATES_RECORD,
+    ROLLOUTS,
+    Record,
+)
 from personaspace.store.schema import RESID_POST_MEAN
 from personaspace.store.scores import Score, commit_scores
 from personaspace.store.verify import verify

@@ -10,13 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from personaspace.store import open_run
-from personaspace.store.commit import ROLLOUTS, commit, record_key
+from personaspace.store.commit import commit
 from personaspace.store.creation import write_run
 from personaspace.store.errors import InputError, IntegrityError
 from personaspace.store.exchange.export import EXPORTS, export
 from personaspace.store.layout import rollouts_key
 from personaspace.store.lease import Fence
 from personaspace.store.local import LocalFolder
+from personaspace.store.records import (
+    ROLLOUTS,
+    record_key,
+)
 from personaspace.store.rollouts import encode_rollouts
 from tests.store import small_runs
 from tests.store.exchange.exported_runs import PLACE, fitted_run, make, quiet

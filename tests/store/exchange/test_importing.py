@@ -13,13 +13,15 @@ from personaspace.analysis.publish import publish_report
 from personaspace.extract.personas import plan_imported
 from personaspace.store import open_run
 from personaspace.store.catalog import summarize
-from personaspace.store.commit import record_key
 from personaspace.store.errors import IdentityError, LeaseError
 from personaspace.store.layout import coordinate_key, rollouts_key, shard_key
 from personaspace.store.lease import LEASE, acquire
 from personaspace.store.local import LocalFolder
 from personaspace.store.manifest import read_manifest, require_manifest
 from personaspace.store.plan import read_plan
+from personaspace.store.records import (
+    record_key,
+)
 from personaspace.store.rollouts import read_rollouts
 from personaspace.store.schema import RESID_POST_MEAN
 from personaspace.store.verify import verify

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from personaspace.store.commit import COORDINATES_RECORD, commit
+from personaspace.store.commit import commit
 from personaspace.store.config import Precision
 from personaspace.store.creation import write_run
 from personaspace.store.layout import ZARR_GROUP, Layout, coordinate_key, shard_key
@@ -20,6 +20,9 @@ from personaspace.store.lease import Fence, acquire
 from personaspace.store.local import LocalFolder
 from personaspace.store.manifest import Manifest, read_manifest
 from personaspace.store.plan import PlannedRow
+from personaspace.store.records import (
+    COORDINATES_RECORD,
+)
 from personaspace.store.schema import (
     COORDINATES,
     PARTS,
