@@ -71,7 +71,7 @@ def table(trials: Sequence[Trial]) -> str:
         *COLUMNS,
         "faults",
     ]
-    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    lines = ["| " + " | ".join(headings).replace("_", " ") + " |", "|" + "---|" * len(headings)]
     kinds = sorted({(trial.storage, trial.kind, trial.writers) for trial in trials})
     for storage, kind, writers in kinds:
         some = [trial for trial in trials if (trial.storage, trial.kind, trial.writers) == (storage, kind, writers)]
