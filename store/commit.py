@@ -148,11 +148,14 @@ def _publish_record(
     if fence.folder.put_new(record.key, record.encode()):
         _withdraw_if_late(fence, record)
         return record
-    existing = read_record(fence.folder, slot, generation)
-    if existing.objects == record.objects:
+    try:
+        existing: Record | None = read_record(fence.folder, slot, generation)
+    except FileNotFoundError:
+        existing = None  # A late writer has just withdrawn it.
+    if existing is not None and existing.objects == record.objects:
         return existing
-    # A writer of an earlier driver slept through this publish and woke just before this record: what it vouches for
-    # is no longer there, and the next generation says what is.
+    # Otherwise a writer of an earlier driver slept through this publish and woke just before this record: what it
+    # vouches for is no longer there, and the next generation says what is.
     return _publish_record(
         fence,
         slot,
@@ -161,7 +164,7 @@ def _publish_record(
         dropped=dropped,
         source=source,
         covers=covers,
-        generation=generation + 1,
+        generation=generation if existing is None else generation + 1,
         adopted=adopted,
     )
 

@@ -237,7 +237,8 @@ def _connect(url: str) -> Any:
         client_options={
             "timeout": REQUEST_TIMEOUT,
             "connect_timeout": timedelta(seconds=10),
-            "allow_http": plain or os.environ.get("AWS_ALLOW_HTTP", "").lower() == "true",
+            "allow_http": plain
+            or any(os.environ.get(f"{cloud}_ALLOW_HTTP", "").lower() == "true" for cloud in ("AWS", "AZURE")),
         },
         retry_config={"max_retries": 10, "retry_timeout": RETRY_TIMEOUT},
         **options,

@@ -89,8 +89,7 @@ class Trial:
 
     @property
     def failed(self) -> bool:
-        wrong = (self.torn, self.unreported, self.changed, self.different, self.problems, len(self.faults))
-        return any(wrong)
+        return any((self.torn, self.unreported, self.changed, self.different, self.problems, self.faults))
 
 
 @dataclass(slots=True)
@@ -134,7 +133,6 @@ class Laboratory:
             collected = _collect(folder) if number % 5 == 0 else 0
             self._finish(folder, self._chance.randint(1, 4))
             time.sleep(0.05)  # The reader sees the end, too.
-        looks, partial, faults = observer["answer"]
         lasting, ended = _lasting(folder), _take_inventory(folder)
         known = {**first.records, **inventory.records}
         records = read_slots(folder, committed_slots(folder))
@@ -158,9 +156,7 @@ class Laboratory:
             changed=sum(ended.records.get(key) != data for key, data in known.items()),
             different=sum(lasting.get(key) != self.expected.get(key) for key in {*lasting, *self.expected}),
             problems=len(verify(folder).problems),
-            looks=looks,
-            partial=partial,
-            faults=tuple(faults),
+            **observer,
         )
 
     def _fresh(self) -> Folder:
@@ -200,8 +196,8 @@ class Laboratory:
                 process.join(PATIENCE)
                 assert process.exitcode == -signal.SIGKILL, f"{crash} never came: {process.exitcode}"
             said = _said(answers)
-        assert said in (None, "done"), said
-        if said == "done":
+        if said is not None:
+            assert said == "done", said
             return "ended"
         if read_manifest(folder) is None:
             return "creating"
@@ -233,7 +229,7 @@ class Laboratory:
             yield found
         finally:
             ours.send("stop")
-            found["answer"] = ours.recv()
+            found |= ours.recv()
             process.join()
 
 
@@ -245,7 +241,7 @@ def _drive(environment: dict[str, str], *arguments: Any) -> None:
 def _watch(environment: dict[str, str], observer: Observer, control: Connection) -> None:
     settle(environment)
     observer.watch(control.poll)
-    control.send((observer.looks, observer.partial, observer.faults))
+    control.send({"looks": observer.looks, "partial": observer.partial, "faults": tuple(observer.faults)})
 
 
 def _said(answers: Connection) -> str | None:
