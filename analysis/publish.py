@@ -7,17 +7,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from personaspace.analysis.report import Completeness, DroppedRollout, Sample, render_report
+from personaspace.store.catalog import REPORT
 from personaspace.store.manifest import Manifest, require_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.reader import open_run
-from personaspace.store.records import (
-    read_records,
-)
+from personaspace.store.records import read_records
 from personaspace.store.rollouts import read_rollouts
 from personaspace.store.schema import RESID_POST_MEAN, STATUS
 from personaspace.store.space import open_space
-
-REPORT = "report.html"
 
 
 def publish_report(folder: Folder) -> str:

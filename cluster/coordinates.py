@@ -6,13 +6,7 @@ from personaspace.cluster.job import Job
 from personaspace.store.commit import commit
 from personaspace.store.coordinates import unit_coordinates
 from personaspace.store.lease import Fence
-from personaspace.store.records import (
-    COORDINATES_RECORD,
-    ROLLOUTS,
-    committed_slots,
-    read_record,
-    read_records,
-)
+from personaspace.store.records import COORDINATES_RECORD, ROLLOUTS, committed_slots, read_record, read_records
 
 
 def commit_coordinates(job: Job, fence: Fence, unit: int, tokens: Mapping[int, int]) -> tuple[int, int]:

@@ -24,12 +24,7 @@ from personaspace.store.commit import adopt
 from personaspace.store.errors import InputError
 from personaspace.store.layout import ZARR_GROUP, shard_key
 from personaspace.store.lease import Fence
-from personaspace.store.records import (
-    COORDINATES_RECORD,
-    ROLLOUTS,
-    read_records,
-    read_slots,
-)
+from personaspace.store.records import COORDINATES_RECORD, ROLLOUTS, read_records, read_slots
 from personaspace.store.rollouts import read_rollouts
 
 UNCOMMITTED_WINDOWS = 2

@@ -22,9 +22,7 @@ from personaspace.store.commit import adopt
 from personaspace.store.errors import InputError
 from personaspace.store.layout import rollouts_key
 from personaspace.store.lease import Fence
-from personaspace.store.records import (
-    ROLLOUTS,
-)
+from personaspace.store.records import ROLLOUTS
 
 
 def missing_units(job: Job) -> set[int]:

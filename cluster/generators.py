@@ -19,9 +19,7 @@ from personaspace.store.commit import commit
 from personaspace.store.errors import IntegrityError
 from personaspace.store.layout import rollouts_key
 from personaspace.store.lease import Fence
-from personaspace.store.records import (
-    ROLLOUTS,
-)
+from personaspace.store.records import ROLLOUTS
 from personaspace.store.rollouts import Rollout, decode_rollouts, encode_rollouts
 
 

@@ -28,10 +28,7 @@ from personaspace.store.location import run_folder
 from personaspace.store.manifest import Manifest, check_identity, read_manifest, refuse_frozen
 from personaspace.store.objects import Folder
 from personaspace.store.plan import PlannedRow, read_plan
-from personaspace.store.records import (
-    Slot,
-    committed_slots,
-)
+from personaspace.store.records import Slot, committed_slots
 from personaspace.store.schema import RESID_POST_MEAN, ArraySpec
 
 

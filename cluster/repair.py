@@ -10,12 +10,7 @@ from personaspace.store.commit import adopt
 from personaspace.store.errors import IntegrityError
 from personaspace.store.layout import rollouts_key, shard_key
 from personaspace.store.lease import Fence
-from personaspace.store.records import (
-    COORDINATES_RECORD,
-    ROLLOUTS,
-    Slot,
-    read_records,
-)
+from personaspace.store.records import COORDINATES_RECORD, ROLLOUTS, Slot, read_records
 from personaspace.store.verify import Problem, Verification
 
 

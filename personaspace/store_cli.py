@@ -12,18 +12,30 @@ from rich.console import Console
 from rich.table import Table
 
 from personaspace.exchange_cli import add_exchange
-from personaspace.store.catalog import DamagedRun, RunSummary, as_row, describe, human_bytes, runs, summarize
+from personaspace.store.catalog import (
+    DamagedRun,
+    RunSummary,
+    as_row,
+    describe,
+    human_bytes,
+    is_run,
+    run_folders,
+    runs,
+    summarize,
+)
 from personaspace.store.copying import copy_run, refuse_foreign_copy
 from personaspace.store.errors import InputError, IntegrityError, PersonaspaceError
 from personaspace.store.freeze import freeze_run
 from personaspace.store.index import write_index
 from personaspace.store.lease import Fence, acquire
 from personaspace.store.location import open_folder
-from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, read_manifest, refuse_frozen, require_manifest
+from personaspace.store.manifest import MANIFEST, read_manifest, refuse_frozen, require_manifest
 from personaspace.store.mend import drop_replaced_records, mend
 from personaspace.store.objects import Folder
 from personaspace.store.plan import read_plan
 from personaspace.store.removal import check_removable, collect_garbage, garbage, remove_lease, remove_run
+from personaspace.store.scores import is_scores
+from personaspace.store.space import SPACE
 from personaspace.store.verify import Verification, verify
 
 EPILOG = """\
@@ -175,25 +187,25 @@ def _repair(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
 
     folder = open_folder(parsed.run)
     lost: list[str] = []
-    for round_number in range(REPAIR_ROUNDS):
-        found = verify(folder)
+    found = verify(folder)
+    if found.harmful:
+        print(_findings(folder, found), flush=True)
+    for _ in range(REPAIR_ROUNDS):
         if not found.harmful:
             break
-        if round_number == 0:
-            print(_findings(folder, found), flush=True)
         with _lease(folder, found.manifest.last_epoch, mending=True) as fence:
             lost = mend(fence, found, print)
-        if any(problem.slot is not None and not problem.slot[0].startswith("scores.") for problem in found.harmful):
+        if any(problem.slot is not None and not is_scores(problem.slot) for problem in found.harmful):
             refuse_frozen(folder, read_manifest(folder))
             compute_again(folder, found, flags)
         with _lease(folder, found.manifest.last_epoch) as fence:
             drop_replaced_records(fence, print)
             write_index(fence, require_manifest(folder))
-        if any(problem.key.startswith("space/") for problem in found.harmful):
+        if any(problem.key.startswith(f"{SPACE}/") for problem in found.harmful):
             analyse(folder, ["fit", "report"], flags)
-    left = verify(folder)
-    print("\n".join([*lost, _findings(folder, left)]))
-    return IntegrityError.exit_code if left.harmful else 0
+        found = verify(folder)
+    print("\n".join([*lost, _findings(folder, found)]))
+    return IntegrityError.exit_code if found.harmful else 0
 
 
 def _freeze(parsed: argparse.Namespace, _: Sequence[str]) -> int:
@@ -249,8 +261,7 @@ def _rm(parsed: argparse.Namespace, _: Sequence[str]) -> int:
 
 def _gc(parsed: argparse.Namespace, _: Sequence[str]) -> int:
     where = open_folder(parsed.where)
-    is_run = where.exists(MANIFEST) or where.exists(MANIFEST_COPY)
-    folders = [where] if is_run else [open_folder(run.url) for run in runs(where)]
+    folders = [where] if is_run(where) else list(run_folders(where))
     if not folders:
         raise InputError(f"{where.url}: neither a run nor a store of runs.")
     code = 0

@@ -13,10 +13,7 @@ from personaspace.store.lease import Holder, read_holder
 from personaspace.store.location import is_run_name
 from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, Manifest, require_manifest
 from personaspace.store.objects import Folder
-from personaspace.store.records import (
-    ROLLOUTS,
-    parse_record_key,
-)
+from personaspace.store.records import ROLLOUTS, newest_generations
 from personaspace.store.schema import STATUS
 from personaspace.store.scores import judges
 from personaspace.store.space import LATEST
@@ -71,14 +68,21 @@ class DamagedRun:
 
 def runs(root: Folder) -> Iterator[RunSummary | DamagedRun]:
     """All runs directly inside ``root``, by name."""
-    for name in filter(is_run_name, root.children()):
-        folder = root.child(name)
-        if not folder.exists(MANIFEST) and not folder.exists(MANIFEST_COPY):
-            continue
+    for folder in run_folders(root):
         try:
             yield summarize(folder)
         except (IntegrityError, LeaseError, InputError) as error:
-            yield DamagedRun(name=name, url=folder.url, reason=str(error))
+            yield DamagedRun(name=folder.name, url=folder.url, reason=str(error))
+
+
+def run_folders(root: Folder) -> Iterator[Folder]:
+    """Folders of all runs directly inside ``root``, by name; nothing of them is read."""
+    return filter(is_run, map(root.child, filter(is_run_name, root.children())))
+
+
+def is_run(folder: Folder) -> bool:
+    """Whether the folder holds a run, be its manifest damaged or only there as its copy."""
+    return folder.exists(MANIFEST) or folder.exists(MANIFEST_COPY)
 
 
 def summarize(folder: Folder) -> RunSummary:
@@ -86,7 +90,7 @@ def summarize(folder: Folder) -> RunSummary:
     manifest = require_manifest(folder)
     layout = manifest.layout
     entries = {entry.key: entry.bytes for entry in folder.list()}
-    committed = {parsed[0]: parsed[1] for parsed in map(parse_record_key, sorted(entries)) if parsed is not None}
+    committed = newest_generations(entries)
     wanted = {
         (spec.record, unit, group)
         for spec in manifest.arrays
@@ -109,13 +113,7 @@ def summarize(folder: Folder) -> RunSummary:
         dropped=dropped,
         shards=len(wanted & committed.keys()),
         shards_wanted=len(wanted),
-        layers=tuple(
-            layer
-            for group in range(layout.groups)
-            if layout.units
-            and all((manifest.arrays[0].record, unit, group) in committed for unit in range(layout.units))
-            for layer in layout.group_layers(group)
-        ),
+        layers=tuple(manifest.arrays[0].complete_layers(layout, committed, range(layout.units))),
         bytes=sum(entries.values()),
         objects=len(entries),
         judges=tuple(judges(committed)),

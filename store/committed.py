@@ -11,10 +11,7 @@ from zarr.storage import WrapperStore
 from personaspace.store.errors import IntegrityError, StorageError
 from personaspace.store.layout import ZARR_GROUP
 from personaspace.store.objects import Folder
-from personaspace.store.records import (
-    COORDINATES_RECORD,
-    Slot,
-)
+from personaspace.store.records import COORDINATES_RECORD, Slot
 from personaspace.store.remote import redact
 from personaspace.store.schema import COORDINATES, SPAN_COORDINATES, SPANS
 

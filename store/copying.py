@@ -11,17 +11,19 @@ from personaspace.store.errors import InputError
 from personaspace.store.lease import Fence
 from personaspace.store.manifest import Manifest, read_manifest, require_manifest, write_manifest
 from personaspace.store.objects import Folder
-from personaspace.store.plan import copy_key
 from personaspace.store.records import (
+    COMMITS,
     READ_THREADS,
+    ROLLOUTS,
     StoredObject,
     committed_slots,
     describe,
     read_object,
     read_slots,
 )
+from personaspace.store.scores import SCORES
 from personaspace.store.sealed import seal, unseal
-from personaspace.store.space import copy_space
+from personaspace.store.space import SPACE, copy_space
 
 COPYING = "copying.json"
 """In the target until the copy is whole: which run is being copied."""
@@ -43,8 +45,7 @@ def copy_run(source: Folder, fence: Fence, progress: Callable[[int, int, int], N
     _begin(fence, manifest, existing)
     slots = committed_slots(source)
     records = read_slots(source, slots).values()
-    copies = [replace(stored, key=copy_key(stored.key)) for stored in manifest.plan]
-    wanted = [*manifest.plan, *copies, *manifest.metadata]
+    wanted = [*manifest.plan, *(stored.copy for stored in manifest.plan), *manifest.metadata]
     wanted += [entry for record in records for entry in record.objects]
     present = {entry.key: entry.bytes for entry in target.list()}
 
@@ -74,7 +75,7 @@ def copy_run(source: Folder, fence: Fence, progress: Callable[[int, int, int], N
 
 def refuse_foreign_copy(target: Folder) -> None:
     """Raise InputError if the target holds neither a run, nor an interrupted copy, nor nothing."""
-    begun = ("rollouts", "scores", "commits", "space", COPYING) if target.exists(COPYING) else ()
+    begun = (ROLLOUTS, SCORES, COMMITS, SPACE, COPYING) if target.exists(COPYING) else ()
     refuse_foreign(target, begun)
 
 

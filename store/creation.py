@@ -13,10 +13,8 @@ from personaspace.store.layout import ZARR_GROUP
 from personaspace.store.lease import LEASE, Fence
 from personaspace.store.manifest import MANIFEST, Manifest, write_manifest
 from personaspace.store.objects import LOCK, SCRATCH, Folder
-from personaspace.store.plan import PlannedRow, copy_key, encode_plan, plan_key
-from personaspace.store.records import (
-    describe,
-)
+from personaspace.store.plan import PlannedRow, encode_plan, plan_key
+from personaspace.store.records import copy_key, describe
 from personaspace.store.schema import group_objects
 
 

@@ -11,11 +11,7 @@ from personaspace.store.layout import ZARR_GROUP, coordinate_key, rollouts_key, 
 from personaspace.store.lease import LEASE
 from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, Manifest
 from personaspace.store.objects import LOCK
-from personaspace.store.records import (
-    COORDINATES_RECORD,
-    ROLLOUTS,
-    Slot,
-)
+from personaspace.store.records import COORDINATES_RECORD, ROLLOUTS, Slot
 from personaspace.store.rollouts import decode_rollouts
 from personaspace.store.schema import COORDINATES, SPANS, decode_coordinate, decode_shard
 from personaspace.store.scores import SCORES

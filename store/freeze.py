@@ -8,10 +8,7 @@ from dataclasses import replace
 from personaspace.store.lease import Fence
 from personaspace.store.manifest import Manifest, refuse_frozen, write_manifest
 from personaspace.store.objects import Folder
-from personaspace.store.records import (
-    committed_slots,
-    read_slots,
-)
+from personaspace.store.records import committed_slots, read_slots
 
 
 def freeze_run(fence: Fence, manifest: Manifest) -> Manifest:

@@ -17,14 +17,7 @@ from personaspace.store.lease import Fence
 from personaspace.store.manifest import Manifest
 from personaspace.store.objects import Folder
 from personaspace.store.parquet import decode_table, encode_table
-from personaspace.store.records import (
-    COORDINATES_RECORD,
-    Slot,
-    StoredObject,
-    committed_slots,
-    describe,
-    read_object,
-)
+from personaspace.store.records import COORDINATES_RECORD, Slot, StoredObject, committed_slots, describe, read_object
 from personaspace.store.sealed import seal, unseal
 
 INDEX = "index.json"

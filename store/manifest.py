@@ -14,9 +14,7 @@ from personaspace.store.errors import IdentityError, InputError, IntegrityError,
 from personaspace.store.layout import Layout
 from personaspace.store.lease import Fence
 from personaspace.store.objects import Folder
-from personaspace.store.records import (
-    StoredObject,
-)
+from personaspace.store.records import StoredObject
 from personaspace.store.schema import ArraySpec
 from personaspace.store.sealed import seal, unseal
 

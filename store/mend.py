@@ -9,7 +9,6 @@ from personaspace.store.errors import IntegrityError
 from personaspace.store.index import INDEX, TABLE
 from personaspace.store.lease import Fence
 from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, Manifest, read_manifest, write_manifest
-from personaspace.store.plan import copy_key
 from personaspace.store.records import (
     COMMITS,
     StoredObject,
@@ -73,13 +72,13 @@ def _restore_manifest(fence: Fence, manifest: Manifest, harmful: set[str], say: 
 
 def _restore_copies(fence: Fence, stored: StoredObject, harmful: set[str], say: Callable[[str], None]) -> list[str]:
     """Restore whichever of an object's two copies is damaged. Says what is lost if both are."""
-    keys = [stored.key, copy_key(stored.key)]
-    damaged = [key for key in keys if key in harmful]
+    copies = [stored, stored.copy]
+    damaged = [copy.key for copy in copies if copy.key in harmful]
     if not damaged:
         return []
-    for key in keys:
+    for copy in copies:
         try:
-            data = read_object(fence.folder, replace(stored, key=key))
+            data = read_object(fence.folder, copy)
         except IntegrityError:
             continue
         for other in damaged:

@@ -14,10 +14,9 @@ import pyarrow as pa
 from personaspace.store.manifest import Manifest
 from personaspace.store.objects import Folder
 from personaspace.store.parquet import decode_table, encode_table
-from personaspace.store.records import (
-    read_object,
-)
+from personaspace.store.records import read_object
 
+PLAN = "plan"
 SCHEMA = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
@@ -49,13 +48,7 @@ def rollout_id(role: str, messages: Sequence[dict[str, str]], generation: str, s
 
 
 def plan_key(segment: int) -> str:
-    return f"plan/{segment:06d}.parquet"
-
-
-def copy_key(key: str) -> str:
-    """Key of the second copy of an object that can't be computed again."""
-    stem, _, suffix = key.rpartition(".")
-    return f"{stem}.copy.{suffix}"
+    return f"{PLAN}/{segment:06d}.parquet"
 
 
 def encode_plan(rows: Sequence[PlannedRow]) -> bytes:

@@ -18,11 +18,7 @@ from personaspace.store.location import open_folder
 from personaspace.store.manifest import Manifest, require_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.plan import read_plan_table
-from personaspace.store.records import (
-    COORDINATES_RECORD,
-    Slot,
-    committed_slots,
-)
+from personaspace.store.records import COORDINATES_RECORD, Slot, committed_slots
 from personaspace.store.schema import PARTS, SPAN_COORDINATES, SPANS, STATUS, ArraySpec
 from personaspace.store.scores import judges, read_scores
 from personaspace.store.shards import NOT_COMMITTED, CommittedShards, SelectedShards
@@ -197,25 +193,16 @@ def _attributes(folder: Folder, manifest: Manifest, committed: dict[Slot, int], 
         "frozen": manifest.frozen["content_hash"] if manifest.frozen else "no",
     }
     for spec in manifest.arrays:
-        attributes[spec.name] = f"{_complete_layers(spec, layout, committed)} of {layout.layers} layers complete"
+        complete = spec.complete_layers(layout, committed, range(layout.units))
+        attributes[spec.name] = f"{len(complete)} of {layout.layers} layers complete"
     return attributes
-
-
-def _complete_layers(spec: ArraySpec, layout: Any, committed: dict[Slot, int]) -> int:
-    units = Counter(group for array, _, group in committed if array == spec.record)
-    return sum(len(layout.group_layers(group)) for group, count in units.items() if count == layout.units)
 
 
 def stored_layers(folder: Folder, manifest: Manifest, spec: ArraySpec) -> list[int]:
     """Layers of an array that every rollout with coordinates has. Fewer than asked for while layers are added."""
     committed = committed_slots(folder)
     units = [unit for array, unit, _ in committed if array == COORDINATES_RECORD]
-    return [
-        layer
-        for group in spec.wanted_groups(manifest.layout)
-        if all((spec.record, unit, group) in committed for unit in units)
-        for layer in manifest.layout.group_layers(group)
-    ]
+    return spec.complete_layers(manifest.layout, committed, units)
 
 
 def _listed(wanted: Any) -> list[Any]:

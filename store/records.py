@@ -6,7 +6,7 @@ A record makes objects count. Readers trust only records; work that remains = pl
 import hashlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from personaspace.store.errors import IntegrityError
 from personaspace.store.objects import Folder
@@ -30,6 +30,11 @@ class StoredObject:
     bytes: int
     sha256: str
     """Of the whole object, in hex. No CRC-32C: over bytes that end in their own it is the same for any content."""
+
+    @property
+    def copy(self) -> "StoredObject":
+        """Its second copy, of an object that is kept twice."""
+        return replace(self, key=copy_key(self.key))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +88,12 @@ class Record:
             raise IntegrityError(f"{where}: not a record ({error!r}).") from error
 
 
+def copy_key(key: str) -> str:
+    """Key of the second copy of an object that can't be computed again."""
+    stem, _, suffix = key.rpartition(".")
+    return f"{stem}.copy.{suffix}"
+
+
 def record_key(slot: Slot, generation: int) -> str:
     array, unit, group = slot
     return f"{COMMITS}/{unit:06d}/{array}.{group:03d}.{generation:03d}.json"
@@ -105,9 +116,15 @@ def parse_record_key(key: str) -> tuple[Slot, int] | None:
 
 def committed_slots(folder: Folder, unit: int | None = None) -> dict[Slot, int]:
     """Slot -> highest committed generation, from one listing: of the whole run, or of one unit."""
+    listing = folder.list(COMMITS if unit is None else f"{COMMITS}/{unit:06d}")
+    return newest_generations(entry.key for entry in listing)
+
+
+def newest_generations(keys: Iterable[str]) -> dict[Slot, int]:
+    """Slot -> highest generation, from the records among some keys."""
     highest: dict[Slot, int] = {}
-    for entry in folder.list(COMMITS if unit is None else f"{COMMITS}/{unit:06d}"):
-        parsed = parse_record_key(entry.key)
+    for key in keys:
+        parsed = parse_record_key(key)
         if parsed is not None:
             slot, generation = parsed
             highest[slot] = max(generation, highest.get(slot, 0))

@@ -8,13 +8,7 @@ import pyarrow as pa
 
 from personaspace.store.objects import Folder
 from personaspace.store.parquet import decode_table, encode_table
-from personaspace.store.records import (
-    READ_THREADS,
-    ROLLOUTS,
-    Record,
-    read_object,
-    read_records,
-)
+from personaspace.store.records import READ_THREADS, ROLLOUTS, Record, read_object, read_records
 
 SCHEMA = pa.schema(
     [

@@ -5,7 +5,7 @@ protocol; shards are encoded to the same bytes directly. So any Zarr v3 reader c
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from zarr.storage import MemoryStore
 from personaspace.store.config import Precision
 from personaspace.store.errors import IntegrityError
 from personaspace.store.layout import ZARR_GROUP, Layout
+from personaspace.store.records import Slot
 
 BLOSC = numcodecs.Blosc(cname="zstd", clevel=1, shuffle=numcodecs.Blosc.SHUFFLE)
 ABSENT = 2**64 - 1
@@ -77,6 +78,15 @@ class ArraySpec:
         if self.layers is None:
             return range(layout.groups)
         return sorted({layer // layout.layer_group for layer in self.layers})
+
+    def complete_layers(self, layout: Layout, committed: Container[Slot], units: Collection[int]) -> list[int]:
+        """Wanted layers that all of some units have; none if there are no units."""
+        return [
+            layer
+            for group in self.wanted_groups(layout)
+            if units and all((self.record, unit, group) in committed for unit in units)
+            for layer in layout.group_layers(group)
+        ]
 
 
 def group_objects(

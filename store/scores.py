@@ -18,14 +18,7 @@ from personaspace.store.lease import Fence
 from personaspace.store.location import check_run_name
 from personaspace.store.objects import Folder
 from personaspace.store.parquet import decode_table, encode_table
-from personaspace.store.plan import copy_key
-from personaspace.store.records import (
-    Slot,
-    describe,
-    read_object,
-    read_record,
-    read_slots,
-)
+from personaspace.store.records import Slot, copy_key, describe, read_object, read_record, read_slots
 
 SCORES = "scores"
 SCHEMA = pa.schema(
@@ -114,9 +107,13 @@ def scores_key(judge: str, unit: int) -> str:
     return f"{SCORES}/{check_judge(judge)}/{unit:06d}.parquet"
 
 
+def is_scores(slot: Slot) -> bool:
+    return slot[0].startswith(f"{SCORES}.")
+
+
 def judges(committed: Mapping[Slot, int]) -> list[str]:
     """Names of the judge versions that have scored something."""
-    return sorted({array.removeprefix(f"{SCORES}.") for array, _, _ in committed if array.startswith(f"{SCORES}.")})
+    return sorted({slot[0].removeprefix(f"{SCORES}.") for slot in committed if is_scores(slot)})
 
 
 def read_scores(

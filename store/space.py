@@ -13,11 +13,7 @@ import xarray as xr
 
 from personaspace.store.errors import InputError
 from personaspace.store.objects import Folder
-from personaspace.store.records import (
-    StoredObject,
-    describe,
-    read_object,
-)
+from personaspace.store.records import StoredObject, describe, read_object
 from personaspace.store.sealed import seal, unseal
 
 SPACE = "space"

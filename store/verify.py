@@ -13,7 +13,6 @@ from personaspace.store.index import INDEX, TABLE, is_whole
 from personaspace.store.lease import LEASE, read_holder
 from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, Manifest, read_manifest, require_manifest
 from personaspace.store.objects import SCRATCH, Folder
-from personaspace.store.plan import copy_key
 from personaspace.store.records import (
     READ_THREADS,
     ROLLOUTS,
@@ -132,8 +131,7 @@ def verify(
     entries = [entry.key for entry in folder.list()]
     records = _records(check)
     check.compare((stored, None, 0) for stored in (*manifest.plan, *manifest.metadata))
-    copies = [StoredObject(key=copy_key(plan.key), bytes=plan.bytes, sha256=plan.sha256) for plan in manifest.plan]
-    check.compare((stored, None, 0) for stored in copies)
+    check.compare((stored.copy, None, 0) for stored in manifest.plan)
     check.compare((entry, slot, record.generation) for slot, record in records.items() for entry in record.objects)
     _unrecorded(check, manifest)
     _relations(check, records)

@@ -25,9 +25,7 @@ from personaspace.store.layout import ranges
 from personaspace.store.manifest import Manifest, require_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.reader import open_run, stored_layers
-from personaspace.store.records import (
-    committed_slots,
-)
+from personaspace.store.records import committed_slots
 from personaspace.store.rollouts import SCHEMA, read_rollouts
 from personaspace.store.schema import RESID_POST_MEAN, STATUS
 from personaspace.store.scores import judges

@@ -29,13 +29,7 @@ from personaspace.store.mend import drop_replaced_records
 from personaspace.store.objects import Folder
 from personaspace.store.plan import PlannedRow
 from personaspace.store.provenance import session_entry
-from personaspace.store.records import (
-    COORDINATES_RECORD,
-    ROLLOUTS,
-    Record,
-    Slot,
-    committed_slots,
-)
+from personaspace.store.records import COORDINATES_RECORD, ROLLOUTS, Record, Slot, committed_slots
 from personaspace.store.rollouts import Rollout, encode_rollouts
 from personaspace.store.schema import RESID_POST_MEAN, ArraySpec, encode_shard
 from personaspace.store.scores import scores_key

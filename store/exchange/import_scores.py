@@ -28,11 +28,7 @@ from personaspace.store.objects import Folder
 from personaspace.store.parquet import decode_table
 from personaspace.store.plan import PlannedRow, read_plan
 from personaspace.store.provenance import session_entry
-from personaspace.store.records import (
-    committed_slots,
-    read_object,
-    read_record,
-)
+from personaspace.store.records import committed_slots, read_object, read_record
 from personaspace.store.rollouts import read_rollouts
 from personaspace.store.scores import SCHEMA, Score, commit_scores, scores_key, scores_slot
 

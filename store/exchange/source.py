@@ -15,9 +15,7 @@ from personaspace.store.formats.assistant_axis_scores import response_key
 from personaspace.store.formats.directions import some
 from personaspace.store.formats.role_names import DEFAULT_ROLE, check_role_name, role_files
 from personaspace.store.plan import PlannedRow, rollout_id
-from personaspace.store.records import (
-    READ_THREADS,
-)
+from personaspace.store.records import READ_THREADS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,10 +19,7 @@ from personaspace.store.lease import acquire
 from personaspace.store.local import LocalFolder
 from personaspace.store.manifest import Manifest
 from personaspace.store.plan import PlannedRow
-from personaspace.store.records import (
-    COORDINATES_RECORD,
-    ROLLOUTS,
-)
+from personaspace.store.records import COORDINATES_RECORD, ROLLOUTS
 from personaspace.store.rollouts import Rollout, encode_rollouts
 from personaspace.store.schema import RESID_POST_MEAN, ArraySpec, encode_coordinate, encode_shard
 from personaspace.store.space import open_space

@@ -25,11 +25,7 @@ from pathlib import Path
 
 from personaspace.store.layout import ZARR_GROUP, shard_key
 from personaspace.store.local import LocalFolder
-from personaspace.store.records import (
-    committed_slots,
-    read_records,
-    record_key,
-)
+from personaspace.store.records import committed_slots, read_records, record_key
 from personaspace.store.schema import RESID_POST_MEAN
 from tests.models import tiny_checkpoint
 

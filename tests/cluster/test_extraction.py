@@ -25,12 +25,7 @@ from personaspace.store.freeze import freeze_run
 from personaspace.store.index import is_current
 from personaspace.store.lease import acquire
 from personaspace.store.manifest import require_manifest
-from personaspace.store.records import (
-    COORDINATES_RECORD,
-    ROLLOUTS,
-    committed_slots,
-    read_records,
-)
+from personaspace.store.records import COORDINATES_RECORD, ROLLOUTS, committed_slots, read_records
 from personaspace.store.rollouts import read_rollouts
 from personaspace.store.schema import RESID_POST_MEAN
 from tests.models import tiny_checkpoint

@@ -26,12 +26,7 @@ from personaspace.store.errors import IdentityError, InputError
 from personaspace.store.layout import ZARR_GROUP
 from personaspace.store.manifest import require_manifest
 from personaspace.store.objects import Folder
-from personaspace.store.records import (
-    COORDINATES_RECORD,
-    committed_slots,
-    read_record,
-    read_records,
-)
+from personaspace.store.records import COORDINATES_RECORD, committed_slots, read_record, read_records
 from personaspace.store.rollouts import read_rollouts
 from personaspace.store.schema import RESID_POST_MEAN
 from personaspace.store.verify import verify

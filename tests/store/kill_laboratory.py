@@ -19,13 +19,7 @@ from personaspace.store.lease import LEASE, acquire
 from personaspace.store.local import LocalFolder
 from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, read_manifest
 from personaspace.store.objects import SCRATCH, Folder
-from personaspace.store.records import (
-    ROLLOUTS,
-    committed_slots,
-    describe,
-    read_slots,
-    record_key,
-)
+from personaspace.store.records import ROLLOUTS, committed_slots, describe, read_slots, record_key
 from personaspace.store.removal import collect_garbage, garbage
 from personaspace.store.schema import RESID_POST_MEAN
 from personaspace.store.verify import verify

@@ -26,12 +26,7 @@ from personaspace.store.layout import ZARR_GROUP, Layout, rollouts_key, shard_ke
 from personaspace.store.lease import Fence, acquire
 from personaspace.store.manifest import read_manifest
 from personaspace.store.objects import Folder
-from personaspace.store.records import (
-    COORDINATES_RECORD,
-    ROLLOUTS,
-    committed_slots,
-    describe,
-)
+from personaspace.store.records import COORDINATES_RECORD, ROLLOUTS, committed_slots, describe
 from personaspace.store.rollouts import decode_rollouts, encode_rollouts
 from personaspace.store.schema import RESID_POST_MEAN, decode_shard, encode_shard
 from tests.store import small_runs

@@ -15,11 +15,7 @@ from personaspace.store import open_run
 from personaspace.store.layout import ZARR_GROUP, Layout, coordinate_key
 from personaspace.store.manifest import MANIFEST
 from personaspace.store.objects import Folder
-from personaspace.store.records import (
-    COORDINATES_RECORD,
-    Slot,
-    committed_slots,
-)
+from personaspace.store.records import COORDINATES_RECORD, Slot, committed_slots
 from personaspace.store.schema import COORDINATES, RESID_POST_MEAN, decode_coordinate
 from tests.store import small_runs
 from tests.store.kill_run import dropped_rows, values

@@ -13,14 +13,7 @@ from personaspace.store.commit import commit
 from personaspace.store.errors import IntegrityError, LeaseError
 from personaspace.store.lease import LEASE, Fence, acquire, read_holder
 from personaspace.store.objects import Folder
-from personaspace.store.records import (
-    Record,
-    Slot,
-    committed_slots,
-    describe,
-    read_record,
-    record_key,
-)
+from personaspace.store.records import Record, Slot, committed_slots, describe, read_record, record_key
 from tests.store.hooks import hooked
 from tests.store.storages import contents
 

@@ -16,11 +16,7 @@ from personaspace.store.layout import Layout, coordinate_key, rollouts_key, shar
 from personaspace.store.lease import Fence
 from personaspace.store.manifest import Manifest
 from personaspace.store.plan import PlannedRow
-from personaspace.store.records import (
-    COORDINATES_RECORD,
-    ROLLOUTS,
-    Record,
-)
+from personaspace.store.records import COORDINATES_RECORD, ROLLOUTS, Record
 from personaspace.store.rollouts import Rollout, encode_rollouts
 from personaspace.store.schema import COORDINATES, RESID_POST_MEAN, STATUS, ArraySpec, encode_coordinate, encode_shard
 

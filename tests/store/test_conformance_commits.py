@@ -16,13 +16,7 @@ from personaspace.store.commit import adopt, commit
 from personaspace.store.errors import IntegrityError, LeaseError
 from personaspace.store.lease import LEASE, Fence, acquire, read_holder
 from personaspace.store.objects import Folder
-from personaspace.store.records import (
-    Slot,
-    committed_slots,
-    describe,
-    read_records,
-    record_key,
-)
+from personaspace.store.records import Slot, committed_slots, describe, read_records, record_key
 from tests.store.storages import background, contents, in_processes, in_threads
 
 SLOT: Slot = ("resid_post_mean", 3, 1)

@@ -24,10 +24,7 @@ from personaspace.store.location import open_folder
 from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, Manifest, read_manifest, require_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.plan import read_plan
-from personaspace.store.records import (
-    COORDINATES_RECORD,
-    committed_slots,
-)
+from personaspace.store.records import COORDINATES_RECORD, committed_slots
 from personaspace.store.rollouts import read_rollouts
 from personaspace.store.schema import RESID_POST_MEAN
 from personaspace.store.scores import Score, commit_scores

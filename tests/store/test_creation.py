@@ -23,10 +23,7 @@ from personaspace.store.lease import Fence, acquire
 from personaspace.store.local import LocalFolder
 from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, Manifest, read_manifest, require_manifest
 from personaspace.store.plan import read_plan
-from personaspace.store.records import (
-    committed_slots,
-    read_object,
-)
+from personaspace.store.records import committed_slots, read_object
 from personaspace.store.schema import ArraySpec
 from tests.store.small_runs import ALL, LAYOUT, MEAN, OK, PAD, complete, create, planned, small_manifest, values
 

@@ -30,10 +30,7 @@ from personaspace.store.lease import Fence, acquire
 from personaspace.store.location import open_folder
 from personaspace.store.objects import Folder
 from personaspace.store.provenance import session_entry
-from personaspace.store.records import (
-    committed_slots,
-    read_records,
-)
+from personaspace.store.records import committed_slots, read_records
 from personaspace.store.remote import RemoteFolder
 from personaspace.store.schema import RESID_POST_MEAN
 from personaspace.store.scores import Score, commit_scores, scores_key, scores_slot

@@ -22,9 +22,7 @@ from personaspace.store.lease import LEASE, Fence, acquire
 from personaspace.store.local import LocalFolder
 from personaspace.store.manifest import MANIFEST, read_manifest
 from personaspace.store.objects import SCRATCH
-from personaspace.store.records import (
-    committed_slots,
-)
+from personaspace.store.records import committed_slots
 from personaspace.store.schema import RESID_POST_MEAN
 from personaspace.store.verify import verify
 from tests.store import small_runs

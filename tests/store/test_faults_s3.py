@@ -17,11 +17,7 @@ from personaspace.store.errors import StorageError
 from personaspace.store.index import write_index
 from personaspace.store.lease import LEASE, Fence, acquire, read_holder
 from personaspace.store.manifest import read_manifest
-from personaspace.store.records import (
-    committed_slots,
-    describe,
-    read_records,
-)
+from personaspace.store.records import committed_slots, describe, read_records
 from personaspace.store.remote import RemoteFolder
 from personaspace.store.schema import RESID_POST_MEAN
 from personaspace.store.verify import verify

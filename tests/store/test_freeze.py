@@ -26,11 +26,7 @@ from personaspace.store.manifest import (
     refuse_frozen,
     require_manifest,
 )
-from personaspace.store.records import (
-    COORDINATES_RECORD,
-    committed_slots,
-    read_record,
-)
+from personaspace.store.records import COORDINATES_RECORD, committed_slots, read_record
 from personaspace.store.schema import ArraySpec
 from personaspace.store.scores import Score, commit_scores
 from tests.store.small_runs import (

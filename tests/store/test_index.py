@@ -13,9 +13,7 @@ from personaspace.store.index import INDEX, TABLE, is_current, is_whole, read_in
 from personaspace.store.lease import Fence, acquire
 from personaspace.store.local import LocalFolder
 from personaspace.store.manifest import Manifest, require_manifest
-from personaspace.store.records import (
-    committed_slots,
-)
+from personaspace.store.records import committed_slots
 from tests.store.small_runs import DROPPED, LAYOUT, OK, PAD, commit_coordinates, complete, create, grow
 
 

@@ -26,9 +26,7 @@ from personaspace.store.manifest import (
     require_manifest,
     write_manifest,
 )
-from personaspace.store.records import (
-    StoredObject,
-)
+from personaspace.store.records import StoredObject
 from personaspace.store.schema import ArraySpec
 from personaspace.store.sealed import seal, unseal
 

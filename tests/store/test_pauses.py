@@ -19,12 +19,7 @@ from personaspace.store.lease import LEASE, Fence, acquire, read_holder
 from personaspace.store.local import LocalFolder
 from personaspace.store.manifest import MANIFEST_COPY, read_manifest
 from personaspace.store.objects import Folder
-from personaspace.store.records import (
-    committed_slots,
-    describe,
-    read_record,
-    record_key,
-)
+from personaspace.store.records import committed_slots, describe, read_record, record_key
 from personaspace.store.removal import collect_garbage, garbage
 from personaspace.store.verify import verify
 from tests.store import small_runs

@@ -14,10 +14,8 @@ from personaspace.store.errors import IntegrityError
 from personaspace.store.lease import Fence, acquire
 from personaspace.store.local import LocalFolder
 from personaspace.store.manifest import Manifest
-from personaspace.store.plan import SCHEMA, PlannedRow, copy_key, encode_plan, plan_key, read_plan
-from personaspace.store.records import (
-    describe,
-)
+from personaspace.store.plan import SCHEMA, PlannedRow, encode_plan, plan_key, read_plan
+from personaspace.store.records import copy_key, describe
 from tests.store.small_runs import LAYOUT, create, grow, planned, small_manifest
 
 INDICES = st.integers(0, 2**31 - 1)

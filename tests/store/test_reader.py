@@ -31,9 +31,7 @@ from personaspace.store.lease import Fence, acquire
 from personaspace.store.local import LocalFolder
 from personaspace.store.manifest import require_manifest
 from personaspace.store.reader import stored_layers
-from personaspace.store.records import (
-    committed_slots,
-)
+from personaspace.store.records import committed_slots
 from personaspace.store.schema import (
     RESID_POST_MEAN,
     SPAN_COORDINATES,

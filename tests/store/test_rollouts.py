@@ -17,9 +17,7 @@ from personaspace.store.errors import IntegrityError
 from personaspace.store.layout import rollouts_key
 from personaspace.store.lease import Fence, acquire
 from personaspace.store.local import LocalFolder
-from personaspace.store.records import (
-    ROLLOUTS,
-)
+from personaspace.store.records import ROLLOUTS
 from personaspace.store.rollouts import SCHEMA, Rollout, decode_rollouts, encode_rollouts, read_rollouts
 
 

@@ -14,11 +14,7 @@ from personaspace.store import open_run, select
 from personaspace.store.errors import InputError, IntegrityError, LeaseError
 from personaspace.store.lease import Fence, acquire
 from personaspace.store.local import LocalFolder
-from personaspace.store.plan import copy_key
-from personaspace.store.records import (
-    committed_slots,
-    read_record,
-)
+from personaspace.store.records import committed_slots, copy_key, read_record
 from personaspace.store.scores import (
     Score,
     commit_scores,

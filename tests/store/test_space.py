@@ -9,9 +9,7 @@ import xarray as xr
 
 from personaspace.store.errors import InputError, IntegrityError
 from personaspace.store.local import LocalFolder
-from personaspace.store.records import (
-    read_object,
-)
+from personaspace.store.records import read_object
 from personaspace.store.space import LATEST, copy_space, open_space, save_space, space_objects
 
 

@@ -15,11 +15,7 @@ from personaspace.store.layout import rollouts_key, shard_key
 from personaspace.store.lease import LEASE, acquire
 from personaspace.store.local import LocalFolder
 from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, require_manifest
-from personaspace.store.records import (
-    COORDINATES_RECORD,
-    ROLLOUTS,
-    Record,
-)
+from personaspace.store.records import COORDINATES_RECORD, ROLLOUTS, Record
 from personaspace.store.schema import RESID_POST_MEAN
 from personaspace.store.scores import Score, commit_scores
 from personaspace.store.verify import verify

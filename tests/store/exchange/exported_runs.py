@@ -12,9 +12,7 @@ from personaspace.store.commit import commit
 from personaspace.store.layout import rollouts_key
 from personaspace.store.lease import Fence, acquire
 from personaspace.store.local import LocalFolder
-from personaspace.store.records import (
-    ROLLOUTS,
-)
+from personaspace.store.records import ROLLOUTS
 from personaspace.store.rollouts import encode_rollouts
 from personaspace.store.scores import Score, commit_scores
 from tests.store import small_runs

@@ -17,10 +17,7 @@ from personaspace.store.exchange.export import EXPORTS, export
 from personaspace.store.layout import rollouts_key
 from personaspace.store.lease import Fence
 from personaspace.store.local import LocalFolder
-from personaspace.store.records import (
-    ROLLOUTS,
-    record_key,
-)
+from personaspace.store.records import ROLLOUTS, record_key
 from personaspace.store.rollouts import encode_rollouts
 from tests.store import small_runs
 from tests.store.exchange.exported_runs import PLACE, fitted_run, make, quiet

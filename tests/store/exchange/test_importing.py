@@ -19,9 +19,7 @@ from personaspace.store.lease import LEASE, acquire
 from personaspace.store.local import LocalFolder
 from personaspace.store.manifest import read_manifest, require_manifest
 from personaspace.store.plan import read_plan
-from personaspace.store.records import (
-    record_key,
-)
+from personaspace.store.records import record_key
 from personaspace.store.rollouts import read_rollouts
 from personaspace.store.schema import RESID_POST_MEAN
 from personaspace.store.verify import verify

@@ -20,9 +20,7 @@ from personaspace.store.lease import Fence, acquire
 from personaspace.store.local import LocalFolder
 from personaspace.store.manifest import Manifest, read_manifest
 from personaspace.store.plan import PlannedRow
-from personaspace.store.records import (
-    COORDINATES_RECORD,
-)
+from personaspace.store.records import COORDINATES_RECORD
 from personaspace.store.schema import (
     COORDINATES,
     PARTS,
