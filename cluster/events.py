@@ -1,7 +1,7 @@
 """What workers and drivers tell the user: typed events, rendered in one place (progress.py)."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -12,6 +12,8 @@ class StepStarted:
     """`generate` or `extract`."""
     rows: int
     rows_done: int
+    dropped: Mapping[int, str] = field(default_factory=dict)
+    """Row -> reason, of rows that an earlier session dropped in this step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,10 +26,11 @@ class Progressed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Committed:
-    """Rows are recorded in the store; ``dropped`` of them are marked unusable, with reasons."""
+    """Rows are recorded in the store."""
 
     rows: int
-    dropped: int
+    dropped: Mapping[int, str]
+    """Row -> reason, of those that are marked unusable."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -18,14 +19,23 @@ from personaspace.cluster.schedule import ReplicaSchedule, WindowPlan
 from personaspace.cluster.session import Workers, share
 from personaspace.cluster.stages import StageActor, StageSpec, UnitShards, inspect_shard
 from personaspace.cluster.waiting import next_finished, result
-from personaspace.extract.packing import MicroBatch
+from personaspace.extract.collect import Expected
+from personaspace.extract.packing import MicroBatch, token_hash
+from personaspace.extract.reductions import Readout
 from personaspace.extract.rollouts import micro_batches
-from personaspace.store.commit import adopt
+from personaspace.store.commit import Inspect, adopt
 from personaspace.store.errors import InputError
 from personaspace.store.layout import ZARR_GROUP, shard_key
 from personaspace.store.lease import Fence
-from personaspace.store.records import COORDINATES_RECORD, ROLLOUTS, read_records, read_slots
-from personaspace.store.rollouts import read_rollouts
+from personaspace.store.records import (
+    COORDINATES_RECORD,
+    ROLLOUTS,
+    SPAN_COORDINATES_RECORD,
+    read_records,
+    read_slots,
+)
+from personaspace.store.rollouts import Span, read_rollouts
+from personaspace.store.schema import ArraySpec
 
 UNCOMMITTED_WINDOWS = 2
 """Windows of a replica that may wait for their writers: bounds the host memory of its stages."""
@@ -40,6 +50,8 @@ class WindowWork:
     rollout_ids: dict[int, str]
     tokens: dict[int, int]
     """Response tokens of each row."""
+    spans: dict[int, tuple[Span, ...]]
+    """Of each row: those that have rows of their own in the arrays of spans."""
     dropped: dict[int, str]
     """Rows that were dropped before extraction."""
     sources: dict[int, str]
@@ -47,9 +59,13 @@ class WindowWork:
 
 
 def check_stages(job: Job, cluster: ClusterConfig) -> list[int]:
-    """Layer boundaries of the stages; InputError if the layer groups don't allow so many."""
+    """Layer boundaries of the stages; InputError if the layer groups don't allow so many.
+
+    Nothing behind the last layer group that is asked for is ever run.
+    """
+    groups = 1 + max(group for spec in job.manifest.arrays for group in spec.wanted_groups(job.layout))
     try:
-        return job.layout.stage_boundaries(cluster.stages)
+        return job.layout.stage_boundaries(cluster.stages, groups)
     except ValueError as error:
         raise InputError(
             f"cluster.stages: {error}. Use fewer stages, or a new run with a smaller layer_group."
@@ -71,20 +87,19 @@ def extract(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> N
     _adopt_orphans(job, fence)
     done = job.committed()
     coordinates = read_slots(job.folder, {slot: n for slot, n in done.items() if slot[0] == COORDINATES_RECORD})
+    shards = sum(len(spec.wanted_groups(job.layout)) for spec in job.manifest.arrays)
+    missing = {unit: found for unit in range(job.layout.units) if (found := job.missing_shards(done, unit))}
     for unit in range(job.layout.units):
         record = coordinates.get((COORDINATES_RECORD, unit, 0))
-        whole = record is not None and len(record.covers) >= len(job.array.wanted_groups(job.layout))
-        if not missing_groups(job, done, unit) and not whole:
-            commit_coordinates(job, fence, unit, load_window(job, (unit,)).tokens)
-    unfinished = [window for window in job.windows if any(missing_groups(job, done, unit) for unit in window)]
-    waiting = sum(
-        len(job.layout.unit_row_range(unit))
-        for window in unfinished
-        for unit in window
-        if missing_groups(job, done, unit)
-    )
-    report(StepStarted(step="extract", rows=job.layout.rows, rows_done=job.layout.rows - waiting))
-    if unfinished:
+        whole = record is not None and len(record.covers) >= shards
+        if unit not in missing and not (whole and (not job.parts or (SPAN_COORDINATES_RECORD, unit, 0) in done)):
+            work = load_window(job, (unit,), job.manifest.arrays)
+            commit_coordinates(job, fence, unit, work.tokens, work.spans)
+    waiting = sum(len(job.layout.unit_row_range(unit)) for unit in missing)
+    dropped = {row: why for record in coordinates.values() for row, why in record.dropped.items()}
+    report(StepStarted(step="extract", rows=job.layout.rows, rows_done=job.layout.rows - waiting, dropped=dropped))
+    if missing:
+        unfinished = [window for window in job.windows if missing.keys() & set(window)]
         replicas = min(cluster.replicas, len(unfinished))
         workers = share(cluster, replicas * cluster.stages)
         report(
@@ -97,22 +112,18 @@ def extract(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> N
     report(StepFinished(step="extract"))
 
 
-def missing_groups(job: Job, committed: dict[tuple[str, int, int], int], unit: int) -> tuple[int, ...]:
-    """Layer groups of the unit that are asked for and have no record."""
-    record = job.array.record
-    return tuple(group for group in job.array.wanted_groups(job.layout) if (record, unit, group) not in committed)
-
-
-def load_window(job: Job, units: tuple[int, ...]) -> WindowWork:
-    """Read the rollouts of a window and form its micro-batches."""
-    columns = ["row", "rollout_id", "prompt_token_ids", "response_token_ids", "dropped"]
+def load_window(job: Job, units: tuple[int, ...], arrays: Sequence[ArraySpec]) -> WindowWork:
+    """Read the rollouts of a window, and form micro-batches of what ``arrays`` need."""
+    columns = ["row", "rollout_id", "prompt_token_ids", "response_token_ids", "spans", "dropped"]
     table = read_rollouts(job.folder, units, columns)
-    entries = table.select(["row", "rollout_id", "response_token_ids", "dropped"]).to_pylist()
+    entries = table.select(["row", "rollout_id", "response_token_ids", "spans", "dropped"]).to_pylist()
+    readout, all_spans = Readout.of_arrays(arrays), Readout.of_arrays(job.manifest.arrays)
     return WindowWork(
         units=units,
-        batches=tuple(micro_batches(table, job.extract.micro_batch_tokens)),
+        batches=tuple(micro_batches(table, readout, job.extract.micro_batch_tokens, packed=job.packed)),
         rollout_ids={entry["row"]: entry["rollout_id"] for entry in entries},
         tokens={entry["row"]: len(entry["response_token_ids"]) for entry in entries},
+        spans={entry["row"]: all_spans.spans([Span(**span) for span in entry["spans"]]) for entry in entries},
         dropped=dropped_rows(entries),
         sources={
             unit: record.objects[0].sha256 for (_, unit, _), record in read_records(job.folder, ROLLOUTS, units).items()
@@ -122,28 +133,37 @@ def load_window(job: Job, units: tuple[int, ...]) -> WindowWork:
 
 def _adopt_orphans(job: Job, fence: Fence) -> None:
     done = job.committed()
-    # One listing: an object store would take minutes to be asked for every shard.
-    present = {entry.key for entry in job.folder.list(f"{ZARR_GROUP}/{job.array.path}/c")}
+    # One listing an array: an object store would take minutes to be asked for every shard.
+    present = {entry.key for spec in job.manifest.arrays for entry in job.folder.list(f"{ZARR_GROUP}/{spec.path}/c")}
+    specs = {spec.record: spec for spec in job.manifest.arrays}
     for unit in range(job.layout.units):
-        groups = [
-            group
-            for group in missing_groups(job, done, unit)
+        found = [
+            (specs[array], group)
+            for array, group in job.missing_shards(done, unit)
             # What is to be made again has lost its record's trust.
-            if (job.array.record, unit, group) not in job.redo and shard_key(job.array.path, unit, group) in present
+            if (array, unit, group) not in job.redo and shard_key(specs[array].path, unit, group) in present
         ]
-        if not groups:
+        if not found:
             continue
         # The rollouts' own record knows what was dropped before extraction.
         rollouts = read_records(job.folder, ROLLOUTS, [unit])[(ROLLOUTS, unit, 0)]
-        for group in groups:
+        for spec, group in found:
             adopt(
                 fence,
-                (job.array.record, unit, group),
-                shard_key(job.array.path, unit, group),
+                (spec.record, unit, group),
+                shard_key(spec.path, unit, group),
                 rows=job.layout.unit_row_range(unit),
                 source=rollouts.objects[0].sha256,
-                inspect=partial(inspect_shard, job.layout, unit, group, rollouts.dropped),
+                inspect=shard_inspection(job, spec, unit, group, rollouts.dropped),
             )
+
+
+def shard_inspection(job: Job, spec: ArraySpec, unit: int, group: int, dropped: Mapping[int, str]) -> Inspect:
+    """What tells a unit's own shard from any other."""
+    # How many rows of an array of spans a rollout fills is said by the rollout.
+    spans = load_window(job, (unit,), job.manifest.arrays).spans if spec.spans else {}
+    used = {row: len(own) for row, own in spans.items()}
+    return partial(inspect_shard, job.layout, spec, job.manifest.spans_per_rollout, unit, group, dropped, used)
 
 
 class Extraction:
@@ -163,6 +183,8 @@ class Extraction:
         self._job, self._fence, self._boundaries, self._report = job, fence, boundaries, report
         self._queue = queue
         self._committed = job.committed()
+        missing = {array for units in queue for unit in units for array, _ in job.missing_shards(self._committed, unit)}
+        self._arrays = tuple(spec for spec in job.manifest.arrays if spec.record in missing)
         self._work: dict[int, WindowWork] = {}
         self._replicas = [
             [cast(Any, StageActor).options(**workers.options()).remote(spec) for spec in self._specs(workers)]
@@ -181,9 +203,9 @@ class Extraction:
             self._submit_due()
             while self._forwards or self._commits:
                 done = next_finished([*self._forwards, *self._commits], self._report)
-                result(done)
+                answer = result(done)
                 if done in self._forwards:
-                    self._forward_done(*self._forwards.pop(done))
+                    self._forward_done(*self._forwards.pop(done), parts=answer)
                 else:
                     self._commit_done(*self._commits.pop(done))
                 self._submit_due()
@@ -193,13 +215,21 @@ class Extraction:
 
     def _specs(self, workers: Workers) -> list[StageSpec]:
         job = self._job
+        wanted = {group for spec in self._arrays for group in spec.wanted_groups(job.layout)}
+        layers = [layer for group in sorted(wanted) for layer in job.layout.group_layers(group)]
         return [
             StageSpec(
                 checkpoint=job.checkpoint,
                 dtype=job.model.dtype,
+                attention=job.model.attention,
                 first=first,
                 stop=stop,
+                last=stop == self._boundaries[-1],
+                layers=tuple(layer for layer in layers if first <= layer < stop),
+                arrays=self._arrays,
+                packed=job.packed,
                 layout=job.layout,
+                spans_per_rollout=job.manifest.spans_per_rollout,
                 precision=job.store.precision,
                 fence=self._fence,
                 device=workers.device,
@@ -212,7 +242,7 @@ class Extraction:
         while self._queue:
             units = self._queue.popleft()
             window = units[0]  # Units belong to one window each, so the first one names it.
-            self._work[window] = load_window(self._job, units)
+            self._work[window] = load_window(self._job, units, self._arrays)
             if self._work[window].batches:
                 return WindowPlan(window=window, batches=self._work[window].batches)
             self._commit_window(0, window)  # Every rollout was dropped: nothing to compute, but to record.
@@ -227,30 +257,47 @@ class Extraction:
 
     def _submit(self, index: int, window: int, batch: MicroBatch) -> None:
         rollout_ids = [self._work[window].rollout_ids[row] for row in batch.rows]
-        hidden = None
+        hidden, answer = None, 1
         for actor in self._replicas[index]:
-            hidden, answer = actor.forward.remote(window, batch, rollout_ids, hidden)
+            hidden, answer = actor.forward.remote(window, batch, rollout_ids, hidden, answer)
         self._forwards[answer] = (index, window, batch)
 
-    def _forward_done(self, index: int, window: int, batch: MicroBatch) -> None:
+    def _forward_done(self, index: int, window: int, batch: MicroBatch, parts: int) -> None:
+        if parts > 1:
+            rows, length = batch.shape
+            self._report(
+                Note(
+                    text=f"extract: out of memory with {rows} x {length} tokens; ran them in {parts} parts. A smaller "
+                    "extract.micro_batch_tokens avoids this (in a new run)."
+                )
+            )
         self._report(Progressed(tokens=batch.tokens, rows=len(batch.rows)))
         if self._schedules[index].finish(window):
             self._commit_window(index, window)
 
     def _commit_window(self, index: int, window: int) -> None:
-        work, layout, record = self._work[window], self._job.layout, self._job.array.record
+        work, job = self._work[window], self._job
+        expected = {
+            row: Expected(token_hash=token_hash(ids), counts=tuple(stop - start for start, stop in segments))
+            for batch in work.batches
+            for row, ids, segments in zip(batch.rows, batch.token_ids, batch.segments, strict=True)
+        }
         for actor, first, stop in zip(self._replicas[index], self._boundaries, self._boundaries[1:], strict=False):
-            own = range(first // layout.layer_group, math.ceil(stop / layout.layer_group))
-            units = [
-                UnitShards(
-                    unit=unit,
-                    groups=tuple(g for g in missing_groups(self._job, self._committed, unit) if g in own),
-                    dropped={row: why for row, why in work.dropped.items() if row in layout.unit_row_range(unit)},
-                    source=work.sources[unit],
-                    redo={g: n for (array, u, g), n in self._job.redo.items() if (array, u) == (record, unit)},
+            own = range(first // job.layout.layer_group, math.ceil(stop / job.layout.layer_group))
+            units = []
+            for unit in work.units:
+                rows = job.layout.unit_row_range(unit)
+                missing = job.missing_shards(self._committed, unit)
+                units.append(
+                    UnitShards(
+                        unit=unit,
+                        shards=tuple((array, group) for array, group in missing if group in own),
+                        dropped={row: why for row, why in work.dropped.items() if row in rows},
+                        expected={row: expected[row] for row in rows if row in expected},
+                        source=work.sources[unit],
+                        redo={(array, g): n for (array, u, g), n in job.redo.items() if u == unit},
+                    )
                 )
-                for unit in work.units
-            ]
             self._commits[actor.commit.remote(window, units)] = (index, window)
 
     def _commit_done(self, index: int, window: int) -> None:
@@ -258,6 +305,6 @@ class Extraction:
             return
         work = self._work.pop(window)
         for unit in work.units:
-            if missing_groups(self._job, self._committed, unit):
-                rows, dropped = commit_coordinates(self._job, self._fence, unit, work.tokens)
-                self._report(Committed(rows=rows, dropped=dropped))
+            if self._job.missing_shards(self._committed, unit):
+                dropped = commit_coordinates(self._job, self._fence, unit, work.tokens, work.spans)
+                self._report(Committed(rows=len(self._job.layout.unit_row_range(unit)), dropped=dropped))

@@ -43,7 +43,8 @@ class GenerationReport:
 
     rows: int
     """Rows of the units that this batch committed."""
-    dropped: int
+    dropped: Mapping[int, str]
+    """Row -> reason."""
     tokens: int
     """Sampled tokens, of all rows of the batch."""
 
@@ -76,7 +77,8 @@ class Generator:
             seeds = [rollout_seed(self._config.seed, row.rollout_id) for row in planned]
             responses = self._engine.generate(prompts, seeds, self._config)
             made = iter(zip(prompts, responses, strict=True))
-            rows = dropped = 0
+            rows = 0
+            dropped: dict[int, str] = {}
             for unit in units:
                 rollouts = [
                     generated_rollout(
@@ -92,7 +94,7 @@ class Generator:
                 if not unit.committed:
                     commit_rollouts(self._fence, unit, rollouts)
                     rows += len(rollouts)
-                    dropped += sum(rollout.dropped is not None for rollout in rollouts)
+                    dropped |= _dropped(rollouts)
         tokens = sum(len(response.token_ids) for response in responses)
         return GenerationReport(rows=rows, dropped=dropped, tokens=tokens)
 
@@ -106,7 +108,7 @@ def import_unit(fence: Fence, unit: UnitPlan, chat: ChatFormat, max_positions: i
     commit_rollouts(fence, unit, rollouts)
     return GenerationReport(
         rows=len(rollouts),
-        dropped=sum(rollout.dropped is not None for rollout in rollouts),
+        dropped=_dropped(rollouts),
         tokens=sum(len(rollout.response_token_ids) for rollout in rollouts),
     )
 
@@ -118,10 +120,14 @@ def commit_rollouts(fence: Fence, unit: UnitPlan, rollouts: Sequence[Rollout]) -
         (ROLLOUTS, unit.unit, 0),
         {rollouts_key(unit.unit): encode_rollouts(rollouts)},
         rows=range(rollouts[0].row, rollouts[-1].row + 1),
-        dropped={rollout.row: rollout.dropped for rollout in rollouts if rollout.dropped is not None},
+        dropped=_dropped(rollouts),
         generation=unit.generation,
         inspect=partial(inspect_rollouts, {row.row: row.rollout_id for row in unit.rows}),
     )
+
+
+def _dropped(rollouts: Sequence[Rollout]) -> dict[int, str]:
+    return {rollout.row: rollout.dropped for rollout in rollouts if rollout.dropped is not None}
 
 
 def inspect_rollouts(ids: Mapping[int, str], data: bytes) -> dict[int, str]:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from personaspace.extract.personas import (
     plan_imported,
     plan_personas,
 )
+from personaspace.extract.reductions import plan_arrays
 from personaspace.store.config import StoreConfig
 from personaspace.store.errors import IdentityError, InputError
 from personaspace.store.formats.role_names import DEFAULT_ROLE
@@ -29,7 +30,7 @@ from personaspace.store.manifest import Manifest, check_identity, read_manifest,
 from personaspace.store.objects import Folder
 from personaspace.store.plan import PlannedRow, read_plan
 from personaspace.store.records import Slot, committed_slots
-from personaspace.store.schema import RESID_POST_MEAN, ArraySpec
+from personaspace.store.schema import ArraySpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,9 +58,23 @@ class Job:
         return self.manifest.layout
 
     @property
-    def array(self) -> ArraySpec:
-        """The array that is extracted."""
-        return next(spec for spec in self.manifest.arrays if spec.name == RESID_POST_MEAN)
+    def packed(self) -> bool:
+        """How micro-batches are formed."""
+        return _packed(self.model, self.extract)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts of assistant turns that get a row each in the arrays of spans."""
+        return next((spec.spans for spec in self.manifest.arrays if spec.spans), ())
+
+    def missing_shards(self, committed: Mapping[Slot, int], unit: int) -> tuple[tuple[str, int], ...]:
+        """Shards of a unit that are asked for and have no record: (array's name in records, layer group)."""
+        return tuple(
+            (spec.record, group)
+            for spec in self.manifest.arrays
+            for group in spec.wanted_groups(self.layout)
+            if (spec.record, unit, group) not in committed
+        )
 
     @property
     def windows(self) -> list[tuple[int, ...]]:
@@ -119,20 +134,22 @@ def prepare(
     chat = ChatFormat(checkpoint, model)
     plan = _plan(personas, generate, checkpoint)
     layout = _layout(plan, checkpoint, store, None if existing is None else existing.layout)
-    packing = {name: value for name, value in asdict(extract).items() if name != "layers"}
     identity = {
         "model": {
             "name": checkpoint.name,
             "revision": checkpoint.revision,
             "files": checkpoint.files,
             "dtype": model.dtype,
+            "attention": model.attention,
             "template_hash": chat.template_hash,
             "system_policy": chat.system_policy,
         },
         "generate": _generation(generate),
         "extract": {
-            "pooling": "mean over response tokens, float32",
-            **packing,
+            "pooling": "sums in float32",
+            "packed": _packed(model, extract),
+            "micro_batch_tokens": extract.micro_batch_tokens,
+            "window_rows": extract.window_rows,
             "generate_batch_rows": generate.batch_rows,
         },
         "store": {
@@ -151,10 +168,12 @@ def prepare(
         added = len(plan.rows) - len(stored.rows)
         layout = existing.layout.grow(added) if added else existing.layout
     rows = {row.row: row for row in plan.rows}
+    arrays = existing.arrays if existing and keep else _arrays(existing, extract, layout, store.grow, folder.url)
     manifest = Manifest(
         identity=identity,
         layout=layout,
-        arrays=existing.arrays if existing and keep else _arrays(existing, extract, layout, store.grow, folder.url),
+        arrays=arrays,
+        spans_per_rollout=_spans_per_rollout(existing, arrays, plan, folder.url),
         tables={"roles": [asdict(role) for role in plan.roles], "questions": [asdict(q) for q in plan.questions]},
         plan=() if existing is None else existing.plan,
         unit_order=_unit_order(layout, rows),
@@ -226,35 +245,58 @@ def _layout(plan: PersonaPlan, checkpoint: Checkpoint, store: StoreConfig, exist
     )
 
 
+def _packed(model: ModelConfig, extract: ExtractConfig) -> bool:
+    """Flash attention takes packed rollouts as they are; other kernels would waste time on what is masked."""
+    return extract.packing == "packed" or (extract.packing == "auto" and model.attention.startswith("flash"))
+
+
 def _arrays(
     existing: Manifest | None, extract: ExtractConfig, layout: Layout, grow: bool, where: str
 ) -> tuple[ArraySpec, ...]:
-    """The run's arrays, with the layers of the config added."""
+    """The run's arrays, with the arrays and layers of the config added."""
     asked = extract.layers
     if asked is not None:
         outside = [layer for layer in asked if not 0 <= layer < layout.layers]
         if outside or not asked:
             raise InputError(f"extract.layers: {outside or asked}; give some of the layers 0 to {layout.layers - 1}.")
-    new = ArraySpec(
-        name=RESID_POST_MEAN,
-        description="Mean over the response tokens of the residual stream after each block",
-        layers=None if asked is None else tuple(sorted(set(asked))),
-    )
+    new = plan_arrays(extract.sites, extract.reductions, None if asked is None else tuple(sorted(set(asked))))
     if existing is None:
-        return (new,)
-    arrays = []
-    for spec in existing.arrays:
-        merged = spec
-        if spec.name == new.name and spec.layers is not None:
-            layers = None if new.layers is None else tuple(sorted({*spec.layers, *new.layers}))
-            merged = replace(spec, layers=layers)
-        if merged != spec and not grow:
-            raise IdentityError(
-                f"{where}: this run stores the layers {spec.layers}, and the config asks for more. Add --store.grow "
-                "to extract the others, too. Nothing was changed."
+        return new
+    stored = {spec.record: spec for spec in existing.arrays}
+    merged = dict(stored)
+    for spec in new:
+        known = merged.setdefault(spec.record, spec)
+        if known.spans != spec.spans:
+            raise InputError(
+                f"extract.reductions: the spans of this run are the parts {known.spans} of turns, not {spec.spans}; "
+                "use the reductions that the run began with, or another --store.run."
             )
-        arrays.append(merged)
-    return tuple(arrays)
+        if known.layers is not None:
+            layers = None if spec.layers is None else tuple(sorted({*known.layers, *spec.layers}))
+            merged[spec.record] = replace(known, layers=layers)
+    if merged != stored and not grow:
+        added = [spec.path for record, spec in merged.items() if record not in stored]
+        raise IdentityError(
+            f"{where}: the config asks for more than this run stores "
+            f"({f'the arrays {added}' if added else 'other layers'}). Add --store.grow to extract that, too. Nothing "
+            "was changed."
+        )
+    return tuple(merged.values())
+
+
+def _spans_per_rollout(existing: Manifest | None, arrays: Sequence[ArraySpec], plan: PersonaPlan, where: str) -> int:
+    """Places of each rollout in the arrays of spans; fixed once there are such arrays."""
+    parts = next((spec.spans for spec in arrays if spec.spans), ())
+    turns = max(1 + sum(message["role"] == "assistant" for message in row.messages) for row in plan.rows)
+    needed = turns * len(parts)
+    if existing is None or not existing.spans_per_rollout:
+        return needed
+    if needed > existing.spans_per_rollout:
+        raise InputError(
+            f"{where}: rollouts of up to {turns} assistant turns need {needed} places for spans, and this run has "
+            f"{existing.spans_per_rollout} for each. Use another --store.run for longer conversations."
+        )
+    return existing.spans_per_rollout
 
 
 def _unit_order(layout: Layout, rows: Mapping[int, PlannedRollout]) -> tuple[int, ...]:

@@ -52,7 +52,7 @@ class ProgressDisplay:
                 self._step.advance(event.tokens, event.rows)
             case Committed():
                 self._step.committed += event.rows
-                self._step.dropped += event.dropped
+                self._step.dropped += len(event.dropped)
             case Note():
                 self._line(event.text, even_live=True)
                 return

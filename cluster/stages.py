@@ -12,15 +12,18 @@ from numpy.typing import NDArray
 
 from personaspace.cluster.faults import explain
 from personaspace.extract.checkpoint import Checkpoint
-from personaspace.extract.collect import WindowBuffer, inspect_unit
-from personaspace.extract.config import Dtype
+from personaspace.extract.collect import Expected, WindowBuffer, inspect_shard_values, shard_values
+from personaspace.extract.config import Attention, Dtype
 from personaspace.extract.packing import MicroBatch
+from personaspace.extract.reductions import Readout
+from personaspace.extract.selfcheck import check_stage
+from personaspace.extract.slicing import load_slice
 from personaspace.extract.stage import Stage
 from personaspace.store.commit import commit
 from personaspace.store.config import Precision
 from personaspace.store.layout import Layout, shard_key
 from personaspace.store.lease import Fence
-from personaspace.store.schema import RESID_POST_MEAN, decode_shard, encode_shard
+from personaspace.store.schema import ArraySpec, decode_shard, encode_shard
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,9 +32,17 @@ class StageSpec:
 
     checkpoint: Checkpoint
     dtype: Dtype
+    attention: Attention
     first: int
     stop: int
+    last: bool
+    layers: tuple[int, ...]
+    """Layers of the stage that are read."""
+    arrays: tuple[ArraySpec, ...]
+    """Arrays that are read."""
+    packed: bool
     layout: Layout
+    spans_per_rollout: int
     precision: Precision
     fence: Fence
     device: str
@@ -43,14 +54,16 @@ class UnitShards:
     """Shards of one unit that a stage has to commit."""
 
     unit: int
-    groups: tuple[int, ...]
-    """Layer groups of this stage without a record."""
+    shards: tuple[tuple[str, int], ...]
+    """(array's name in records, layer group) of this stage's shards without a record."""
     dropped: Mapping[int, str]
     """Rows that were dropped before extraction, with reasons."""
+    expected: Mapping[int, Expected]
+    """What every other row was extracted from."""
     source: str
     """SHA-256 of the rollouts that were run."""
-    redo: Mapping[int, int]
-    """Group -> generation of the record to write, where it is not 0: in a repair."""
+    redo: Mapping[tuple[str, int], int]
+    """Shard -> generation of the record to write, where it is not 0: in a repair."""
 
 
 @ray.remote(concurrency_groups={"store": 1})
@@ -61,49 +74,104 @@ class StageActor:
         torch.set_num_threads(spec.threads)
         self._spec = spec
         self._name = f"stage of layers {spec.first} to {spec.stop - 1}"
-        self._stage = Stage(spec.checkpoint, first=spec.first, stop=spec.stop, dtype=spec.dtype, device=spec.device)
+        self._readout = Readout.of_arrays(spec.arrays)
+        self._places = {place.spec.record: place for place in self._readout.places(spec.arrays)}
+        model = load_slice(
+            spec.checkpoint,
+            first=spec.first,
+            stop=spec.stop,
+            dtype=spec.dtype,
+            device=spec.device,
+            attention=spec.attention,
+        )
+        self._stage = Stage(model, last=spec.last, sites=self._readout.sites, layers=spec.layers)
+        check_stage(self._stage, packed=spec.packed)
         self._windows: dict[int, WindowBuffer] = {}
 
     @ray.method(num_returns=2)
     def forward(
-        self, window: int, batch: MicroBatch, rollout_ids: Sequence[str], received: NDArray[Any] | None
+        self,
+        window: int,
+        batch: MicroBatch,
+        rollout_ids: Sequence[str],
+        received: NDArray[Any] | None,
+        parts: int,
     ) -> tuple[NDArray[Any] | None, int]:
-        """Run one micro-batch; keep its span means for ``window``. Returns the next stage's states, and tokens."""
+        """Run one micro-batch; keep what it gives for ``window``. Returns the next stage's states.
+
+        Also returns the most parts in which it ran, here or in an earlier stage (``parts``).
+        """
         with explain(self._name, rollout_ids):
             output = self._stage.forward(batch, None if received is None else from_wire(received, self._spec.dtype))
-            buffer = self._windows.setdefault(
-                window, WindowBuffer(self._spec.stop - self._spec.first, self._spec.layout.hidden)
-            )
-            buffer.add(batch.rows, output.means_BLD)
-            return None if output.hidden_BTD is None else to_wire(output.hidden_BTD), batch.tokens
+            self._windows.setdefault(window, WindowBuffer()).add(batch, output)
+            return None if output.hidden_BTD is None else to_wire(output.hidden_BTD), max(parts, output.parts)
 
     @ray.method(concurrency_group="store")
     def commit(self, window: int, units: Sequence[UnitShards]) -> None:
         """Check, encode, publish and record the window's shards, then forget the window."""
-        spec = self._spec
-        buffer = self._windows.pop(window, WindowBuffer(spec.stop - spec.first, spec.layout.hidden))
+        buffer = self._windows.pop(window, WindowBuffer())
         for unit in units:
-            planned = spec.layout.unit_row_range(unit.unit)
-            for group in unit.groups:
-                layers = spec.layout.group_layers(group)
-                own = slice(layers.start - spec.first, layers.stop - spec.first)
-                values, dropped = buffer.unit_values(spec.layout.unit_slice(unit.unit), unit.dropped, planned, own)
-                commit(
-                    spec.fence,
-                    (RESID_POST_MEAN, unit.unit, group),
-                    {shard_key(RESID_POST_MEAN, unit.unit, group): encode_shard(values, spec.layout, spec.precision)},
-                    rows=planned,
-                    dropped=dropped,
-                    source=unit.source,
-                    generation=unit.redo.get(group, 0),
-                    inspect=partial(inspect_shard, spec.layout, unit.unit, group, unit.dropped),
-                )
+            if unit.shards:
+                self._commit_unit(unit, buffer)
+
+    def _commit_unit(self, unit: UnitShards, buffer: WindowBuffer) -> None:
+        spec, layout = self._spec, self._spec.layout
+        rows = layout.unit_row_range(unit.unit)
+        means = buffer.means(unit.expected)
+        for array, group in unit.shards:
+            place = self._places[array]
+            capacity = spec.spans_per_rollout if place.spec.spans else 1
+            own = layout.of_spans(capacity) if place.spec.spans else layout
+            layers = layout.group_layers(group)
+            first = spec.layers.index(layers.start)
+            values, dropped = shard_values(
+                means,
+                place,
+                slice(first, first + len(layers)),
+                first_row=rows.start,
+                shape=(own.unit_rows, len(layers), own.hidden),
+                capacity=capacity,
+            )
+            used = {row: len(e.counts) - len(self._readout.reductions) for row, e in unit.expected.items()}
+            commit(
+                spec.fence,
+                (array, unit.unit, group),
+                {shard_key(place.spec.path, unit.unit, group): encode_shard(values, own, spec.precision)},
+                rows=rows,
+                dropped={**unit.dropped, **dropped},
+                source=unit.source,
+                split=tuple(sorted(buffer.split & set(rows))),
+                generation=unit.redo.get((array, group), 0),
+                inspect=partial(
+                    inspect_shard, layout, place.spec, spec.spans_per_rollout, unit.unit, group, unit.dropped, used
+                ),
+            )
 
 
-def inspect_shard(layout: Layout, unit: int, group: int, dropped: Mapping[int, str], data: bytes) -> dict[int, str]:
-    """Dropped rows of a shard found without a record. Raises IntegrityError if it is not this unit's, whole."""
-    values = decode_shard(data, layout, len(layout.group_layers(group)))
-    return inspect_unit(values, layout.unit_slice(unit).start, dropped, layout.unit_row_range(unit))
+def inspect_shard(
+    layout: Layout,
+    spec: ArraySpec,
+    spans_per_rollout: int,
+    unit: int,
+    group: int,
+    dropped: Mapping[int, str],
+    used: Mapping[int, int],
+    data: bytes,
+) -> dict[int, str]:
+    """Dropped rows of a shard found without a record. Raises IntegrityError if it is not this unit's, whole.
+
+    ``used``: how many spans each rollout has, for an array of spans.
+    """
+    capacity = spans_per_rollout if spec.spans else 1
+    own = layout.of_spans(capacity) if spec.spans else layout
+    return inspect_shard_values(
+        decode_shard(data, own, len(layout.group_layers(group))),
+        first_row=layout.unit_slice(unit).start,
+        known_dropped=dropped,
+        planned=layout.unit_row_range(unit),
+        used=used if spec.spans else None,
+        capacity=capacity,
+    )
 
 
 def to_wire(h_BTD: torch.Tensor) -> NDArray[Any]:

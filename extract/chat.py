@@ -1,7 +1,9 @@
 """Chat templates: messages to token ids, the same today and tomorrow, with the policy recorded."""
 
 import hashlib
+import json
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ class ChatFormat:
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.source, **checkpoint.loading())
         self._template = _find_template(self.tokenizer, checkpoint, config.chat_template)
-        self._date_string = config.date_string
+        self._filling = _filling(config)
         self.stop_strings = [PLAIN_STOP] if config.chat_template == "plain" else []
         self.system_policy = "native"
         probe = [{"role": "system", "content": "probe"}, {"role": "user", "content": "probe"}]
@@ -51,7 +53,8 @@ class ChatFormat:
     @property
     def template_hash(self) -> str:
         """Hash of the template and of everything that fills it besides the messages."""
-        content = f"{self._template}\0{self._date_string}\0{self.system_policy}"
+        filling = {name: value for name, value in self._filling.items() if not callable(value)}
+        content = f"{self._template}\0{json.dumps(filling, sort_keys=True)}\0{self.system_policy}"
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
@@ -63,7 +66,7 @@ class ChatFormat:
             chat_template=self._template,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
-            date_string=self._date_string,
+            **self._filling,
         )
         return rendered
 
@@ -88,6 +91,16 @@ def fold_system(messages: Sequence[Message]) -> list[Message]:
         return list(messages)
     system, user, *rest = messages
     return [{"role": user["role"], "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+
+
+def _filling(config: ModelConfig) -> dict[str, Any]:
+    """What fills a template besides the messages: the date, whichever way it is asked for, and the thinking mode."""
+    try:
+        date = datetime.strptime(config.date_string, "%d %b %Y")
+    except ValueError as error:
+        raise InputError(f"model.date_string: {config.date_string!r} is no date such as '26 Jul 2024'.") from error
+    filling: dict[str, Any] = {"date_string": config.date_string, "strftime_now": date.strftime}
+    return filling if config.thinking is None else {**filling, "enable_thinking": config.thinking}
 
 
 def _find_template(tokenizer: Any, checkpoint: Checkpoint, choice: str) -> str:

@@ -1,67 +1,133 @@
-"""From micro-batches back to units: gathers a window's span means, checks them, and shapes them for shards."""
+"""From micro-batches back to units: gathers what a window gave, checks it, and shapes it for shards.
 
-from collections.abc import Collection, Mapping, Sequence
+Shape suffixes: Z sites, L layers of the stage, S segments of a rollout, D hidden, G layers of a group.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from personaspace.extract.packing import MicroBatch, token_hash
+from personaspace.extract.pooling import Pooled
+from personaspace.extract.reductions import ArrayPlace
+from personaspace.extract.stage import StageOutput
 from personaspace.store.errors import IntegrityError
 
 NON_FINITE = "non-finite activations"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Expected:
+    """What the stored rollout says that extraction must have seen."""
+
+    token_hash: str
+    counts: tuple[int, ...]
+    """Tokens of each of its segments."""
+
+
 class WindowBuffer:
-    """Span means of one window at one stage, ``(rows, layers of the stage, hidden)``, until they are committed."""
+    """What one window's micro-batches gave at one stage, until it is committed."""
 
-    def __init__(self, layers: int, hidden: int) -> None:
-        self._hidden = hidden
-        self._layers = range(layers)
-        self._means_LD: dict[int, NDArray[np.float32]] = {}
+    def __init__(self) -> None:
+        self._arrived: list[StageOutput] = []
+        self._hashes: dict[int, str] = {}
+        self._pooled: dict[int, Pooled] = {}
+        self._failed: dict[int, str] = {}
+        self.split: set[int] = set()
+        """Rows of micro-batches that ran in parts."""
 
-    def add(self, rows: Sequence[int], means_BLD: NDArray[np.float32]) -> None:
-        """Take in one micro-batch. Raises IntegrityError for a row that is already there."""
-        for row, means_LD in zip(rows, means_BLD, strict=True):
-            if row in self._means_LD:
+    def add(self, batch: MicroBatch, output: StageOutput) -> None:
+        """Take in one micro-batch, without waiting for the device. IntegrityError for a row that is already there."""
+        for row, ids in zip(batch.rows, batch.token_ids, strict=True):
+            if row in self._hashes:
                 raise IntegrityError(f"row {row} was extracted twice in one window")
-            self._means_LD[row] = means_LD
+            self._hashes[row] = token_hash(ids)
+        if output.parts > 1:
+            self.split |= set(batch.rows)
+        self._arrived.append(output)
 
-    def unit_values(
-        self, unit_rows: slice, known_dropped: Mapping[int, str], planned: Collection[int], layers: slice
-    ) -> tuple[NDArray[np.float32], dict[int, str]]:
-        """Values ``(R, layers, hidden)`` of a unit's shard and its dropped rows with reasons.
+    def means(self, expected: Mapping[int, Expected]) -> dict[int, NDArray[np.float32] | str]:
+        """Row -> its means ``(Z, L, S, D)``, or why it has none. Waits for the device.
 
-        ``layers`` counts from the stage's first. Dropped and padding rows are NaN. Raises IntegrityError when a
-        planned row is missing.
+        Raises IntegrityError for a row that was never extracted, or from other tokens or spans than ``expected``.
         """
-        missing = [row for row in planned if row not in known_dropped and row not in self._means_LD]
+        while self._arrived:
+            output = self._arrived.pop()
+            self._pooled |= output.pooled()
+            self._failed |= output.failed
+        missing = [row for row in expected if row not in self._hashes]
         if missing:
             raise IntegrityError(f"rows {missing[:5]} of the unit were never extracted")
-        shape = (unit_rows.stop - unit_rows.start, len(self._layers[layers]), self._hidden)
-        values = np.full(shape, np.nan, dtype=np.float32)
-        dropped = dict(known_dropped)
-        for row in planned:
-            if row in known_dropped:
+        means: dict[int, NDArray[np.float32] | str] = {}
+        for row, stored in expected.items():
+            if self._hashes[row] != stored.token_hash:
+                raise IntegrityError(f"row {row} was extracted from other tokens than its rollout has")
+            if row in self._failed:
+                means[row] = self._failed[row]
                 continue
-            means_LD = self._means_LD[row][layers]
-            if np.isfinite(means_LD).all():
-                values[row - unit_rows.start] = means_LD
-            else:
-                dropped[row] = NON_FINITE
-        return values, dropped
+            counts = tuple(self._pooled[row].counts_S.tolist())
+            if counts != stored.counts:
+                raise IntegrityError(f"row {row}: {counts} tokens were summed, and its spans have {stored.counts}")
+            means[row] = self._pooled[row].means_SD
+        return means
 
 
-def inspect_unit(
-    values: NDArray[np.float32], first_row: int, known_dropped: Mapping[int, str], planned: Collection[int]
+def shard_values(
+    means: Mapping[int, NDArray[np.float32] | str],
+    place: ArrayPlace,
+    layers: slice,
+    *,
+    first_row: int,
+    shape: tuple[int, int, int],
+    capacity: int = 1,
+) -> tuple[NDArray[np.float32], dict[int, str]]:
+    """Values of one shard, ``(rows, G, D)``, and the rollouts that it drops, with reasons.
+
+    ``layers`` counts from the first one that the stage reads. A rollout has ``capacity`` rows: one, or more in arrays
+    of spans. Dropped, unused and padding rows are NaN.
+    """
+    values = np.full(shape, np.nan, dtype=np.float32)
+    dropped: dict[int, str] = {}
+    for row, means_ZLSD in means.items():
+        if isinstance(means_ZLSD, str):
+            dropped[row] = means_ZLSD
+            continue
+        means_SGD = means_ZLSD[place.site, layers, place.segments].swapaxes(0, 1)
+        if np.isfinite(means_SGD).all():
+            start = (row - first_row) * capacity
+            values[start : start + len(means_SGD)] = means_SGD
+        else:
+            dropped[row] = NON_FINITE
+    return values, dropped
+
+
+def inspect_shard_values(
+    values: NDArray[np.float32],
+    *,
+    first_row: int,
+    known_dropped: Mapping[int, str],
+    planned: Collection[int],
+    used: Mapping[int, int] | None = None,
+    capacity: int = 1,
 ) -> dict[int, str]:
-    """Dropped rows of a found shard ``(R, layers, hidden)``. Raises IntegrityError if it can't be this unit's."""
+    """Dropped rows of a found shard ``(rows, G, D)``. Raises IntegrityError if it can't be this unit's.
+
+    ``used`` says how many of its ``capacity`` rows each rollout fills; None: its only one.
+    """
     dropped = dict(known_dropped)
-    for offset, row_values in enumerate(values):
+    for offset, places in enumerate(values.reshape(-1, capacity, *values.shape[1:])):
         row = first_row + offset
-        if np.isfinite(row_values).all():
-            if row not in planned or row in known_dropped:
+        count = 1 if used is None else used.get(row, 0)
+        filled, unused = places[:count], places[count:]
+        if not np.isnan(unused).all():
+            raise IntegrityError(f"row {row} holds more spans than its rollout has")
+        if row not in planned or row in known_dropped:
+            if not np.isnan(filled).all():
                 raise IntegrityError(f"row {row} holds values, but is not to be extracted")
-        elif not np.isnan(row_values).all():
-            raise IntegrityError(f"row {row} is partly written")
-        elif row in planned and row not in known_dropped:
+        elif not np.isfinite(filled).all():
+            if not np.isnan(filled).all():
+                raise IntegrityError(f"row {row} is partly written")
             dropped[row] = NON_FINITE
     return dropped

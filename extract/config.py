@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
+Site = Literal["resid_post", "resid_pre", "attn_out", "mlp_out"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +24,11 @@ class ModelConfig:
     """`builtin` (the tokenizer's own), `plain` (User:/Assistant: lines, for base models), or a Jinja file."""
     date_string: str = "26 Jul 2024"
     """Date for chat templates that print today's date, so that prompts don't change overnight."""
+    thinking: bool | None = None
+    """Ask for reasoning, or for none, where the chat template has a switch for it (`enable_thinking`, as Qwen 3 has).
+    Default: the template's own."""
+    attention: Attention = "auto"
+    """Attention kernels of extraction, by transformers' names; `auto` is what transformers takes."""
     trust_remote_code: bool = False
     """Run Python code that the checkpoint ships. Only for checkpoints you have read."""
 
@@ -68,13 +75,25 @@ class GenerateConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtractConfig:
-    """What is read from the model, and how rollouts are packed for it (identity: packing moves bfloat16 results by
-    up to 5e-3)."""
+    """What is read from the model, and how rollouts are packed for it (packing is identity: it moves bfloat16 results
+    by up to 5e-3)."""
 
+    sites: tuple[Site, ...] = ("resid_post",)
+    """Where the model is read: `resid_post` and `resid_pre` (residual stream after and before each block), `attn_out`
+    and `mlp_out` (what a block's attention and MLP add to it). A run may grow by sites."""
+    reductions: tuple[str, ...] = ("mean",)
+    """How states are averaged over tokens: `mean` (response), `last_prompt` (last token before it), `first_K` (first K
+    response tokens, such as first_8), `turns` (each assistant turn), `parts` (what was thought, what was answered). A
+    run may grow by reductions."""
     layers: tuple[int, ...] | None = None
     """Layers to store, 0-based, with all others of their layer groups. Default: all. A run may grow by layers."""
 
+    packing: Literal["auto", "padded", "packed"] = "auto"
+    """`padded`: rollouts of like length side by side. `packed`: one after another without padding, each seeing only
+    itself; refused where the model doesn't keep them apart. `auto`: packed with flash attention, else padded."""
     micro_batch_tokens: Annotated[int, Ge(16)] = 8192
-    """Padded tokens per micro-batch. A longer rollout runs alone."""
+    """Tokens per micro-batch, padding included. A longer rollout runs alone."""
     window_rows: Annotated[int, Ge(1)] = 2048
     """Rollouts that are sorted by length and committed together, rounded to whole units."""
+    max_dropped: Annotated[float, Ge(0), Le(1)] = 0.25
+    """Largest share of the planned rollouts that may be dropped before the run stops (no identity)."""

@@ -1,28 +1,74 @@
 """Windows and micro-batches: pure functions of plan and lengths, so that a resume repeats them exactly."""
 
+import hashlib
+from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+
+Segment = tuple[int, int]
+"""Tokens ``[start, stop)`` of one rollout whose states are summed."""
+WASTE = 0.03
+"""Share of the token budget that a further micro-batch must save in padding to be worth it."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Rollouts that go through the model together, right-padded to the longest."""
+    """Rollouts that go through the model together: right-padded to the longest, or packed one after another."""
 
     rows: tuple[int, ...]
     """Rows of the run."""
     token_ids: tuple[tuple[int, ...], ...]
     """Prompt and response of each."""
-    spans: tuple[tuple[int, int], ...]
-    """Response tokens of each: ``[start, stop)``."""
+    segments: tuple[tuple[Segment, ...], ...]
+    """Of each: the tokens that are summed, for each of its sums."""
+    packed: bool = False
+    """All rollouts lie in one sequence, and don't see each other."""
 
-    @property
-    def padded_length(self) -> int:
-        return max(len(ids) for ids in self.token_ids)
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(len(ids) for ids in self.token_ids)
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """Batch and token dimension of the tensors."""
+        return (1, self.tokens) if self.packed else (len(self.rows), max(self.lengths))
 
     @property
     def tokens(self) -> int:
         """Real tokens, without padding."""
-        return sum(len(ids) for ids in self.token_ids)
+        return sum(self.lengths)
+
+    @cached_property
+    def origins(self) -> tuple[tuple[int, int], ...]:
+        """Where each rollout's first token lies in the tensors: (batch, token)."""
+        if self.packed:
+            return tuple((0, start) for start in accumulate((0, *self.lengths[:-1])))
+        return tuple((row, 0) for row in range(len(self.rows)))
+
+    @cached_property
+    def placed_segments(self) -> tuple[tuple[int, int, int], ...]:
+        """All segments as they lie in the tensors, rollout by rollout: (batch, start, stop)."""
+        return tuple(
+            (batch, origin + start, origin + stop)
+            for (batch, origin), segments in zip(self.origins, self.segments, strict=True)
+            for start, stop in segments
+        )
+
+    def part(self, first: int, stop: int) -> "MicroBatch":
+        """Its rollouts number ``first`` to ``stop - 1``."""
+        return replace(
+            self,
+            rows=self.rows[first:stop],
+            token_ids=self.token_ids[first:stop],
+            segments=self.segments[first:stop],
+        )
+
+
+def token_hash(token_ids: Sequence[int]) -> str:
+    """Of one rollout's tokens: the same in every process, whatever lies between reading and running them."""
+    return hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=16).hexdigest()
 
 
 def windows(unit_order: Sequence[int], unit_rows: int, window_rows: int) -> list[tuple[int, ...]]:
@@ -31,21 +77,69 @@ def windows(unit_order: Sequence[int], unit_rows: int, window_rows: int) -> list
     return [tuple(unit_order[start : start + size]) for start in range(0, len(unit_order), size)]
 
 
+def form_batches(
+    tokens: Mapping[int, tuple[int, ...]],
+    segments: Mapping[int, tuple[Segment, ...]],
+    token_budget: int,
+    *,
+    packed: bool,
+) -> list[MicroBatch]:
+    """Micro-batches of rollouts, given by row: their token ids, and what is summed of each."""
+    lengths = {row: len(ids) for row, ids in tokens.items()}
+    return [
+        MicroBatch(
+            rows=rows,
+            token_ids=tuple(tokens[row] for row in rows),
+            segments=tuple(segments[row] for row in rows),
+            packed=packed,
+        )
+        for rows in (pack_by_length if packed else batch_by_length)(lengths, token_budget)
+    ]
+
+
 def batch_by_length(lengths: Mapping[int, int], token_budget: int) -> list[tuple[int, ...]]:
-    """Group rows into micro-batches of at most ``token_budget`` padded tokens, longest first.
+    """Group rows into padded micro-batches of at most ``token_budget`` tokens, longest first.
 
-    A row longer than the budget gets a batch of its own. Ties are broken by row, so the result is unique.
+    Rows are sorted by length and cut where padding and the number of micro-batches together cost least; a further
+    micro-batch counts as much as 3% of the budget in padding. A row longer than the budget gets a batch of its own.
+    Ties are broken by row, so the result is unique.
     """
-    batches: list[tuple[int, ...]] = []
     ordered = sorted(lengths, key=lambda row: (-lengths[row], row))
-    while ordered:
-        count = max(1, token_budget // max(1, lengths[ordered[0]]))
-        batches.append(tuple(ordered[:count]))
-        ordered = ordered[count:]
-    return batches
+    overhead = WASTE * token_budget
+    # cost[n]: of the best cut of the first n rows; cuts[n]: where its last batch begins.
+    cost, cuts = [0.0], [0]
+    for stop in range(1, len(ordered) + 1):
+        best, cut = float("inf"), stop - 1
+        for start in range(stop - 1, -1, -1):
+            padded = (stop - start) * lengths[ordered[start]]
+            if padded > token_budget and start < stop - 1:
+                break
+            if cost[start] + padded + overhead < best:
+                best, cut = cost[start] + padded + overhead, start
+        cost.append(best)
+        cuts.append(cut)
+    batches: list[tuple[int, ...]] = []
+    stop = len(ordered)
+    while stop:
+        batches.append(tuple(ordered[cuts[stop] : stop]))
+        stop = cuts[stop]
+    return batches[::-1]
 
 
-def padding_waste(batches: Sequence[Sequence[int]], lengths: Mapping[int, int]) -> float:
-    """Share of padded tokens that are padding."""
-    padded = sum(max(lengths[row] for row in batch) * len(batch) for batch in batches)
-    return 1 - sum(lengths[row] for batch in batches for row in batch) / padded if padded else 0.0
+def pack_by_length(lengths: Mapping[int, int], token_budget: int) -> list[tuple[int, ...]]:
+    """Group rows into packed micro-batches of at most ``token_budget`` tokens, longest first: no padding at all."""
+    batches: list[list[int]] = []
+    free = 0
+    for row in sorted(lengths, key=lambda row: (-lengths[row], row)):
+        if lengths[row] > free:
+            batches.append([])
+            free = token_budget
+        batches[-1].append(row)
+        free -= lengths[row]
+    return [tuple(batch) for batch in batches]
+
+
+def padding_waste(batches: Sequence[MicroBatch]) -> float:
+    """Share of the tokens that the model runs which are padding."""
+    ran = sum(rows * length for rows, length in (batch.shape for batch in batches))
+    return 1 - sum(batch.tokens for batch in batches) / ran if ran else 0.0

@@ -10,10 +10,11 @@ from personaspace.extract.chat import ChatFormat
 from personaspace.extract.config import GenerateConfig
 from personaspace.extract.generate.noise import rollout_seed
 from personaspace.extract.generate.transformers_engine import Response
-from personaspace.extract.packing import MicroBatch, batch_by_length
+from personaspace.extract.packing import MicroBatch, Segment, form_batches
 from personaspace.extract.personas import PlannedRollout
-from personaspace.extract.spans import UnstableBoundaryError, locate_response
-from personaspace.store.rollouts import Rollout
+from personaspace.extract.reductions import Readout
+from personaspace.extract.spans import Conversation, UnstableBoundaryError, continue_conversation, locate
+from personaspace.store.rollouts import Rollout, Span
 
 
 def generated_rollout(
@@ -27,35 +28,38 @@ def generated_rollout(
     max_positions: int | None,
 ) -> Rollout:
     """The rollout of a sampled response; dropped, with the reason, if there is nothing to average."""
+    conversation = Conversation(prompt=list(prompt), response=response.token_ids, spans=[])
+    dropped = None
+    try:
+        conversation = continue_conversation(chat, planned.messages, prompt, response.token_ids)
+    except UnstableBoundaryError as error:
+        dropped = str(error)
     return _rollout(
         planned,
         role,
-        prompt,
-        response.token_ids,
+        conversation,
         response.text,
         response.finish_reason,
         chat.template_hash,
         sampling={"temperature": config.temperature, "top_p": config.top_p, "max_new_tokens": config.max_new_tokens},
         seed=rollout_seed(config.seed, planned.rollout_id),
-        dropped=_reason(len(prompt), len(response.token_ids), max_positions),
+        dropped=dropped or why_dropped(conversation, response.text, max_positions),
     )
 
 
 def imported_rollout(planned: PlannedRollout, role: str, *, chat: ChatFormat, max_positions: int | None) -> Rollout:
     """The rollout of a finished response; dropped, with the reason, if its tokens can't be told apart."""
     assert planned.response is not None
-    prompt: list[int] = []
-    token_ids: list[int] = []
+    conversation = Conversation(prompt=[], response=[], spans=[])
     try:
-        prompt, token_ids = locate_response(chat, planned.messages, planned.response)
-        dropped = _reason(len(prompt), len(token_ids), max_positions)
+        conversation = locate(chat, [*planned.messages, {"role": "assistant", "content": planned.response}])
+        dropped = why_dropped(conversation, planned.response, max_positions)
     except UnstableBoundaryError as error:
         dropped = str(error)
     return _rollout(
         planned,
         role,
-        prompt,
-        token_ids,
+        conversation,
         planned.response,
         "imported",
         chat.template_hash,
@@ -65,27 +69,36 @@ def imported_rollout(planned: PlannedRollout, role: str, *, chat: ChatFormat, ma
     )
 
 
-def micro_batches(rollouts: pa.Table, token_budget: int) -> list[MicroBatch]:
+def why_dropped(conversation: Conversation, response: str, max_positions: int | None) -> str | None:
+    """Why a conversation can't be averaged, or None. ``max_positions``: the model's context in tokens, if known."""
+    if not conversation.response:
+        return "the response is empty" if not response else "the response is only white space"
+    if not response.strip():
+        return "the response is only white space"
+    if not conversation.prompt:
+        return "no prompt before the response"
+    total = len(conversation.prompt) + len(conversation.response)
+    if max_positions is not None and total > max_positions:
+        return f"{total} tokens exceed the model's context of {max_positions}"
+    return None
+
+
+def micro_batches(rollouts: pa.Table, readout: Readout, token_budget: int, *, packed: bool) -> list[MicroBatch]:
     """Micro-batches of a window's rollouts, a pure function of their rows and lengths. Dropped ones are left out."""
-    columns = rollouts.select(["row", "prompt_token_ids", "response_token_ids", "dropped"]).to_pylist()
-    prompts = {entry["row"]: entry["prompt_token_ids"] for entry in columns if entry["dropped"] is None}
-    responses = {entry["row"]: entry["response_token_ids"] for entry in columns if entry["dropped"] is None}
-    lengths = {row: len(prompts[row]) + len(responses[row]) for row in prompts}
-    return [
-        MicroBatch(
-            rows=rows,
-            token_ids=tuple(tuple(prompts[row] + responses[row]) for row in rows),
-            spans=tuple((len(prompts[row]), lengths[row]) for row in rows),
-        )
-        for rows in batch_by_length(lengths, token_budget)
-    ]
+    columns = rollouts.select(["row", "prompt_token_ids", "response_token_ids", "spans", "dropped"]).to_pylist()
+    tokens: dict[int, tuple[int, ...]] = {}
+    segments: dict[int, tuple[Segment, ...]] = {}
+    for entry in columns:
+        if entry["dropped"] is None:
+            tokens[entry["row"]] = (*entry["prompt_token_ids"], *entry["response_token_ids"])
+            segments[entry["row"]] = readout.segments([Span(**span) for span in entry["spans"]])
+    return form_batches(tokens, segments, token_budget, packed=packed)
 
 
 def _rollout(
     planned: PlannedRollout,
     role: str,
-    prompt: Sequence[int],
-    token_ids: Sequence[int],
+    conversation: Conversation,
     text: str,
     finish_reason: str,
     template_hash: str,
@@ -101,20 +114,12 @@ def _rollout(
         role=role,
         messages=[dict(message) for message in planned.messages],
         response=text,
-        prompt_token_ids=list(prompt),
-        response_token_ids=list(token_ids),
+        prompt_token_ids=conversation.prompt,
+        response_token_ids=conversation.response,
+        spans=conversation.spans if dropped is None else [],
         finish_reason=finish_reason,
         template_hash=template_hash,
         sampling=json.dumps(sampling, sort_keys=True),
         seed=seed,
         dropped=dropped,
     )
-
-
-def _reason(prompt_tokens: int, response_tokens: int, max_positions: int | None) -> str | None:
-    if response_tokens == 0:
-        return "empty response"
-    total = prompt_tokens + response_tokens
-    if max_positions is not None and total > max_positions:
-        return f"{total} tokens exceed the model's context of {max_positions}"
-    return None

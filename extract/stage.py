@@ -1,26 +1,36 @@
-"""A slice of a model: loads only its own blocks, and pools the residual stream after each of them.
+"""A slice of a model: runs its own blocks, and sums what passes at each of them over the spans asked for.
 
-The blocks before and after the slice become pass-throughs, and the states received from the previous stage are
-spliced in before the first own block; embedding scale, rotary tables and masks stay the model's own business.
-Shape suffixes: B rows of the micro-batch, T padded tokens, D hidden, L layers of the stage.
+The states received from the previous stage are spliced in before the first own block; embedding scale, rotary tables
+and masks stay the model's own business. Shape suffixes: B batch, T tokens, D hidden, Z sites, L layers of the stage,
+S segments of the micro-batch.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import init_empty_weights
-from numpy.typing import NDArray
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from torch.utils.hooks import RemovableHandle
 
-from personaspace.extract.anatomy import UnsupportedModelError, find_blocks
-from personaspace.extract.checkpoint import Checkpoint
-from personaspace.extract.config import Dtype
+from personaspace.extract.anatomy import states_of
+from personaspace.extract.config import Site
 from personaspace.extract.packing import MicroBatch
-from personaspace.extract.pooling import SpanMeans, span_weights
+from personaspace.extract.pooling import HostCopy, Pooled, SegmentSums, to_device
+from personaspace.extract.sites import Addition, find_additions
+from personaspace.extract.slicing import PassThrough, Slice
+
+OUT_OF_MEMORY = "out of memory, even alone in its micro-batch"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerHook:
+    """A change to the residual stream, made right after a block and seen by everything that follows."""
+
+    layer: int
+    change: Callable[[torch.Tensor], torch.Tensor]
+    """``h_BTD`` to ``h_BTD``. What it raises ends the forward pass; it is never swallowed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,132 +39,228 @@ class StageOutput:
 
     hidden_BTD: torch.Tensor | None
     """Residual stream after the stage's last block, for the next stage; None from the last stage."""
-    means_BLD: NDArray[np.float32]
-    """Span means of the stage's layers, on the host."""
+    copies: tuple[tuple[MicroBatch, HostCopy], ...]
+    """Sums of each part that was run, on their way to the host. One part, unless memory ran out."""
+    failed: dict[int, str] = field(default_factory=dict)
+    """Row -> reason, for rollouts that could not be run."""
+
+    @property
+    def parts(self) -> int:
+        """Pieces that the micro-batch was run in: more than one if memory ran out."""
+        return len(self.copies) + len(self.failed)
+
+    def pooled(self) -> dict[int, Pooled]:
+        """Row -> its sums, ``(Z, L, segments of the row, D)``. Waits for the device."""
+        rows: dict[int, Pooled] = {}
+        for batch, copy in self.copies:
+            sums_ZLSD = copy.numpy()
+            first = 0
+            for row, segments in zip(batch.rows, batch.segments, strict=True):
+                last = first + len(segments)
+                counts_S = np.array([stop - start for start, stop in segments], dtype=np.int64)
+                rows[row] = Pooled(sums_SD=sums_ZLSD[:, :, first:last], counts_S=counts_S)
+                first = last
+        return rows
 
 
 class Stage:
-    """Blocks ``[first, stop)`` of a checkpoint on one device. Knows nothing of other processes.
+    """A slice of a model at work on one device. Knows nothing of other processes.
 
-    With ``first=0`` and ``stop=checkpoint.layers`` it is the whole backbone. `lm_head` is never loaded.
+    It runs the blocks from the slice's first to ``stop - 1`` (default: all of the slice's), and sums what passes at
+    ``sites`` of ``layers`` (absolute numbers; default: all that it runs). ``last`` says that no other stage follows.
+    The slice can be used by one stage at a time; `close` gives it back as it was. Raises UnsupportedModelError if the
+    model can't be read so.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, first: int, stop: int, dtype: Dtype, device: str = "cpu") -> None:
-        self.first, self.stop = first, stop
-        self.is_last = stop == checkpoint.layers
-        self.device = torch.device(device)
-        self._hidden = checkpoint.hidden
-        self._model = load_slice(checkpoint, first=first, stop=stop, dtype=dtype, device=self.device)
+    def __init__(
+        self,
+        model: Slice,
+        *,
+        stop: int | None = None,
+        last: bool = True,
+        sites: Sequence[Site] = ("resid_post",),
+        layers: Sequence[int] | None = None,
+        hooks: Sequence[LayerHook] = (),
+    ) -> None:
+        self.model = model
+        self.stop = model.stop if stop is None else stop
+        self.is_last = last
+        self.sites = tuple(sites)
+        self.layers = tuple(range(model.first, self.stop) if layers is None else layers)
         self._received_BTD: torch.Tensor | None = None
         self._leaving_BTD: torch.Tensor | None = None
-        self._means: SpanMeans | None = None
-        blocks = find_blocks(self._model, checkpoint.layers)
-        if first > 0:
-            blocks[first].register_forward_pre_hook(self._splice, with_kwargs=True)
-        for layer in range(first, stop):
-            blocks[layer].register_forward_hook(self._observe(layer))
+        self._sums: SegmentSums | None = None
+        self._handles: list[RemovableHandle] = []
+        self._set_aside = {layer: model.blocks[layer] for layer in range(self.stop, model.stop)}
+        for layer, block in self._set_aside.items():
+            model.blocks[layer] = PassThrough(block)
+        try:
+            self._register(hooks)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Take all hooks out of the model."""
+        for handle in self._handles:
+            handle.remove()
+        for layer, block in self._set_aside.items():
+            self.model.blocks[layer] = block
+
+    def __enter__(self) -> "Stage":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @torch.inference_mode()
     def forward(self, batch: MicroBatch, received_BTD: torch.Tensor | None = None) -> StageOutput:
-        """Run one micro-batch through the stage's blocks.
+        """Run one micro-batch through the stage's blocks; in halves, and those again, where memory runs out.
 
         ``received_BTD`` is the previous stage's ``hidden_BTD``; the first stage embeds token ids instead.
         """
-        rows, length = len(batch.rows), batch.padded_length
-        self._means = SpanMeans(self.stop - self.first, span_weights(batch.spans, length, self.device), self._hidden)
-        # Right padding needs no mask under causal attention, and without one the fused causal kernels run.
+        try:
+            return self._forward(batch, received_BTD)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        finally:
+            self._received_BTD = self._leaving_BTD = self._sums = None
+        # Outside of the handler, since the error's traceback holds on to all that was alive.
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return self._forward_halves(batch, received_BTD)
+
+    def probe(self, lengths: Sequence[int], *, packed: bool = False) -> tuple[MicroBatch, torch.Tensor | None]:
+        """A micro-batch of random tokens, and the states that a stage other than the first would receive."""
+        draw = torch.Generator().manual_seed(0)
+        vocabulary = self.model.decoder.config.get_text_config().vocab_size
+        batch = MicroBatch(
+            rows=tuple(range(len(lengths))),
+            token_ids=tuple(tuple(torch.randint(vocabulary, (n,), generator=draw).tolist()) for n in lengths),
+            segments=tuple(((1, n),) for n in lengths),
+            packed=packed,
+        )
+        if self.model.first == 0:
+            return batch, None
+        received_BTD = torch.zeros((*batch.shape, self.model.hidden))
+        for (row, origin), n in zip(batch.origins, lengths, strict=True):
+            received_BTD[row, origin : origin + n] = torch.randn((n, self.model.hidden), generator=draw)
+        return batch, received_BTD.to(self.model.dtype)
+
+    def run_decoder(self, batch: MicroBatch, received_BTD: torch.Tensor | None) -> None:
+        """One pass of the decoder; hooks see what passes."""
+        # Padding to the right needs no mask under causal attention, and without one the fused causal kernels run.
+        # Packed rollouts are told apart by their positions alone, and only without a mask and a cache.
+        arguments: dict[str, Any] = {"use_cache": False}
+        if batch.packed:
+            positions_T = torch.cat([torch.arange(length) for length in batch.lengths])
+            arguments["position_ids"] = to_device(positions_T[None], self.model.device)
         if received_BTD is None:
-            ids_BT = torch.zeros((rows, length), dtype=torch.long)
-            for row, ids in enumerate(batch.token_ids):
-                ids_BT[row, : len(ids)] = torch.tensor(ids)
-            self._model(input_ids=ids_BT.to(self.device), use_cache=False)
+            ids_BT = torch.zeros(batch.shape, dtype=torch.long)
+            for (row, origin), ids in zip(batch.origins, batch.token_ids, strict=True):
+                ids_BT[row, origin : origin + len(ids)] = torch.tensor(ids)
+            self.model.decoder(input_ids=to_device(ids_BT, self.model.device), **arguments)
         else:
-            self._received_BTD = received_BTD.to(self.device)
-            self._model(inputs_embeds=self._received_BTD, use_cache=False)
-        means_BLD = self._means.means_LBD.transpose(0, 1).cpu().numpy()
-        leaving_BTD = None if self.is_last else self._leaving_BTD
-        self._received_BTD = self._leaving_BTD = self._means = None
-        return StageOutput(hidden_BTD=leaving_BTD, means_BLD=means_BLD)
+            self._received_BTD = received_BTD.to(self.model.device)
+            self.model.decoder(inputs_embeds=self._received_BTD, **arguments)
+
+    def _forward(self, batch: MicroBatch, received_BTD: torch.Tensor | None) -> StageOutput:
+        self._sums = SegmentSums(
+            batch,
+            sites=len(self.sites),
+            layers=len(self.layers),
+            hidden=self.model.hidden,
+            device=self.model.device,
+        )
+        self.run_decoder(batch, received_BTD)
+        copy = HostCopy(self._sums.sums_ZLSD)
+        return StageOutput(hidden_BTD=None if self.is_last else self._leaving_BTD, copies=((batch, copy),))
+
+    def _forward_halves(self, batch: MicroBatch, received_BTD: torch.Tensor | None) -> StageOutput:
+        rows = len(batch.rows)
+        hidden_BTD = None
+        if not self.is_last:
+            hidden_BTD = torch.zeros(
+                (*batch.shape, self.model.hidden), dtype=self.model.dtype, device=self.model.device
+            )
+        if rows == 1:
+            # Other stages need states of the right shape; what they make of them is dropped with the row.
+            return StageOutput(hidden_BTD=hidden_BTD, copies=(), failed={batch.rows[0]: OUT_OF_MEMORY})
+        outputs = []
+        for first, stop in ((0, rows // 2), (rows // 2, rows)):
+            half = batch.part(first, stop)
+            place = _place(batch, half, first)
+            output = self.forward(half, None if received_BTD is None else received_BTD[place])
+            if hidden_BTD is not None:
+                assert output.hidden_BTD is not None
+                hidden_BTD[place] = output.hidden_BTD
+            outputs.append(output)
+        return StageOutput(
+            hidden_BTD=hidden_BTD,
+            copies=tuple(copy for output in outputs for copy in output.copies),
+            failed={row: why for output in outputs for row, why in output.failed.items()},
+        )
+
+    def _register(self, hooks: Sequence[LayerHook]) -> None:
+        model = self.model
+        blocks = {layer: model.blocks[layer] for layer in range(model.first, self.stop)}
+        if model.first > 0:
+            splice = blocks[model.first].register_forward_pre_hook(self._splice, with_kwargs=True)
+            self._handles.append(splice)
+        additions: dict[tuple[int, Site], Addition] = {}
+        if {"attn_out", "mlp_out"} & set(self.sites):
+            additions = find_additions(blocks, lambda: self.run_decoder(*self.probe((6,))))
+        # Hooks run in the order of their registration: what changes the stream comes before what reads it.
+        for hook in hooks:
+            if hook.layer in blocks:
+                self._handles.append(blocks[hook.layer].register_forward_hook(_changing(hook)))
+        for number, layer in enumerate(self.layers):
+            for place, site in enumerate(self.sites):
+                self._observe(place, number, site, blocks[layer], additions.get((layer, site)))
+        self._handles.append(blocks[self.stop - 1].register_forward_hook(self._leave))
 
     def _splice(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if args:
             return (self._received_BTD, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self._received_BTD}
 
-    def _observe(self, layer: int) -> Any:
-        def hook(_: nn.Module, __: tuple[Any, ...], output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
-            h_BTD = output if isinstance(output, torch.Tensor) else output[0]
-            assert self._means is not None
-            self._means.add(layer - self.first, h_BTD)
-            if layer == self.stop - 1:
-                self._leaving_BTD = h_BTD
+    def _leave(self, _: nn.Module, __: tuple[Any, ...], output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+        self._leaving_BTD = states_of(output)
 
-        return hook
+    def _observe(self, place: int, number: int, site: Site, block: nn.Module, addition: Addition | None) -> None:
+        """Have the states summed at one site of the stage's layer number ``number``."""
 
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._sums is not None:
+                self._sums.add(place, number, args[0] if args else kwargs["hidden_states"])
 
-class PassThrough(nn.Module):
-    """Stands where a block or the embedding of another stage would be; owns no weights."""
+        def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            if self._sums is not None:
+                self._sums.add(place, number, states_of(output), 1.0 if addition is None else addition.scale)
 
-    def __init__(self, replaced: nn.Module) -> None:
-        super().__init__()
-        # Some models read this attribute of every block to choose its mask.
-        if hasattr(replaced, "attention_type"):
-            self.attention_type = replaced.attention_type
-
-    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return hidden_states
+        if site == "resid_pre":
+            self._handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
+        else:
+            read = block if addition is None else addition.module
+            self._handles.append(read.register_forward_hook(after))
 
 
-def load_slice(checkpoint: Checkpoint, *, first: int, stop: int, dtype: Dtype, device: torch.device) -> PreTrainedModel:
-    """The backbone with only the weights of blocks ``[first, stop)``; the embedding only where ``first`` is 0.
+def _changing(hook: LayerHook) -> Callable[..., Any]:
+    def change(_: nn.Module, __: tuple[Any, ...], output: torch.Tensor | tuple[Any, ...]) -> Any:
+        changed_BTD = hook.change(states_of(output))
+        return changed_BTD if isinstance(output, torch.Tensor) else (changed_BTD, *output[1:])
 
-    The model is pruned before transformers loads it, so that tensors of other stages are never read, while
-    transformers' own weight conversions stay in force.
-    """
-    config = AutoConfig.from_pretrained(checkpoint.source, **checkpoint.loading())
-    with init_empty_weights():
-        whole = AutoModel.from_config(config, trust_remote_code=checkpoint.trust_remote_code)
-    backbone_class: type[PreTrainedModel] = type(whole)
-
-    def prune_on_init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-        backbone_class.__init__(self, *args, **kwargs)
-        _prune(self, checkpoint.layers, range(first, stop))
-
-    overrides = {
-        "__init__": prune_on_init,
-        # With another module transformers takes the class for custom code and skips its weight conversions.
-        "__module__": backbone_class.__module__,
-        # Tensors of other stages are unexpected on purpose.
-        "_keys_to_ignore_on_load_unexpected": [r".*"],
-    }
-    sliced: Any = type(backbone_class.__name__, (backbone_class,), overrides)
-    try:
-        model, loading = sliced.from_pretrained(
-            checkpoint.source,
-            config=config,
-            dtype=getattr(torch, dtype),
-            device_map=str(device),
-            output_loading_info=True,
-            **checkpoint.loading(),
-        )
-    except (RuntimeError, ValueError) as error:
-        raise UnsupportedModelError(
-            f"{checkpoint.source}: transformers cannot load layers {first} to {stop - 1}: {error}"
-        ) from error
-    if loading["missing_keys"]:
-        # transformers would fill them with random numbers and only warn.
-        missing = ", ".join(sorted(loading["missing_keys"])[:5])
-        raise UnsupportedModelError(
-            f"{checkpoint.source}: {len(loading['missing_keys'])} weights of layers {first} to {stop - 1} are not in "
-            f"the checkpoint ({missing}, ...)."
-        )
-    return cast(PreTrainedModel, model.eval())
+    return change
 
 
-def _prune(model: PreTrainedModel, layers: int, owned: Sequence[int]) -> None:
-    blocks = find_blocks(model, layers)
-    for layer in range(layers):
-        if layer not in owned:
-            blocks[layer] = PassThrough(blocks[layer])
-    if owned[0] > 0:
-        model.set_input_embeddings(PassThrough(model.get_input_embeddings()))
+def _place(batch: MicroBatch, part: MicroBatch, first: int) -> tuple[slice, slice]:
+    """Where the part, which begins with rollout number ``first``, lies in the batch's tensors."""
+    row, origin = batch.origins[first]
+    rows, length = part.shape
+    return slice(row, row + rows), slice(origin, origin + length)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # PyTorch's CPU allocator has no error class of its own.
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

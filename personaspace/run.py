@@ -9,6 +9,7 @@ from transformers.utils import logging as transformers_logging
 
 from personaspace.analysis.fit import fit, target_layer
 from personaspace.analysis.publish import publish_report
+from personaspace.cluster.droplimit import DropLimit
 from personaspace.cluster.extraction import check_stages, extract
 from personaspace.cluster.generation import generate
 from personaspace.cluster.job import Job, prepare
@@ -30,13 +31,14 @@ def carry_out(config: RunConfig, steps: Sequence[str]) -> None:
         if {"generate", "extract"} & set(steps):
             with ExitStack() as stack:
                 display = stack.enter_context(ProgressDisplay())
+                report = DropLimit(display.report, rows=job.layout.rows, share=config.extract.max_dropped).report
                 fence = stack.enter_context(hold_run(job, say=print))
                 stack.enter_context(ray_cluster(config.cluster))
                 check_nodes(job.folder)
                 if "generate" in steps or config.generate.responses is not None:
-                    generate(job, fence, config.cluster, display.report)
+                    generate(job, fence, config.cluster, report)
                 if "extract" in steps:
-                    extract(job, fence, config.cluster, display.report)
+                    extract(job, fence, config.cluster, report)
         if "fit" in steps:
             _fit(job.folder, config)
         if "report" in steps:

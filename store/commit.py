@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from personaspace.store.errors import IntegrityError, LeaseError
 from personaspace.store.lease import Fence
@@ -26,6 +27,7 @@ def commit(
     dropped: Mapping[int, str],
     source: str | None = None,
     covers: tuple[str, ...] = (),
+    split: tuple[int, ...] = (),
     generation: int = 0,
     inspect: Inspect | None = None,
 ) -> Record:
@@ -47,17 +49,8 @@ def commit(
         if reasons is not None:
             dropped, adopted = reasons, True
         stored.append(describe(key, kept))
-    return _publish_record(
-        fence,
-        slot,
-        stored,
-        rows=rows,
-        dropped=dropped,
-        source=source,
-        covers=covers,
-        generation=generation,
-        adopted=adopted,
-    )
+    record = _record(fence, slot, stored, rows=rows, dropped=dropped, source=source, generation=generation)
+    return _publish_record(fence, replace(record, covers=covers, split=split, adopted=adopted))
 
 
 def adopt(
@@ -71,16 +64,9 @@ def adopt(
     dropped = _inspect(inspect, data)
     if dropped is None:
         return None
-    return _publish_record(
-        fence,
-        slot,
-        [describe(key, data)],
-        rows=rows,
-        dropped=dropped,
-        source=source,
-        generation=generation,
-        adopted=True,
-    )
+    stored = [describe(key, data)]
+    record = _record(fence, slot, stored, rows=rows, dropped=dropped, source=source, generation=generation)
+    return _publish_record(fence, replace(record, adopted=True))
 
 
 def publish(
@@ -116,7 +102,7 @@ def _inspect(inspect: Inspect, data: bytes) -> Mapping[int, str] | None:
         return None
 
 
-def _publish_record(
+def _record(
     fence: Fence,
     slot: Slot,
     stored: list[StoredObject],
@@ -125,11 +111,9 @@ def _publish_record(
     dropped: Mapping[int, str],
     source: str | None,
     generation: int,
-    adopted: bool,
-    covers: tuple[str, ...] = (),
 ) -> Record:
     array, unit, group = slot
-    record = Record(
+    return Record(
         array=array,
         unit=unit,
         group=group,
@@ -138,35 +122,27 @@ def _publish_record(
         objects=tuple(stored),
         dropped=dict(dropped),
         source=source,
-        covers=covers,
         writer=f"{socket.gethostname()}:{os.getpid()}",
         epoch=fence.epoch,
-        adopted=adopted,
         committed=time.time(),
     )
+
+
+def _publish_record(fence: Fence, record: Record) -> Record:
     fence.check()
     if fence.folder.put_new(record.key, record.encode()):
         _withdraw_if_late(fence, record)
         return record
     try:
-        existing: Record | None = read_record(fence.folder, slot, generation)
+        existing: Record | None = read_record(fence.folder, record.slot, record.generation)
     except FileNotFoundError:
         existing = None  # A late writer has just withdrawn it.
     if existing is not None and existing.objects == record.objects:
         return existing
     # Otherwise a writer of an earlier driver slept through this publish and woke just before this record: what it
     # vouches for is no longer there, and the next generation says what is.
-    return _publish_record(
-        fence,
-        slot,
-        stored,
-        rows=rows,
-        dropped=dropped,
-        source=source,
-        covers=covers,
-        generation=generation if existing is None else generation + 1,
-        adopted=adopted,
-    )
+    generation = record.generation if existing is None else record.generation + 1
+    return _publish_record(fence, replace(record, generation=generation, committed=time.time()))
 
 
 def _withdraw_if_late(fence: Fence, record: Record) -> None:

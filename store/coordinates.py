@@ -1,13 +1,14 @@
 """A unit's coordinates as bytes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from personaspace.store.layout import coordinate_key
 from personaspace.store.manifest import Manifest
-from personaspace.store.schema import COORDINATES, STATUS, encode_coordinate
+from personaspace.store.rollouts import Span
+from personaspace.store.schema import COORDINATES, PARTS, SPAN_COORDINATES, SPANS, STATUS, encode_coordinate
 
 
 class Placed(Protocol):
@@ -49,4 +50,25 @@ def unit_coordinates(
             name,
         )
         for name, (dtype, _) in COORDINATES.items()
+    }
+
+
+def unit_span_coordinates(manifest: Manifest, unit: int, spans: Mapping[int, Sequence[Span]]) -> dict[str, bytes]:
+    """Key -> bytes of all coordinates of a unit's spans; ``spans`` are those of each row that have a place.
+
+    A row's places that it has no spans for stay unused, as do those of rows that are not in ``spans``.
+    """
+    capacity = manifest.spans_per_rollout
+    layout = manifest.layout.of_spans(capacity)
+    first = manifest.layout.unit_slice(unit).start
+    columns = {name: np.zeros(layout.unit_rows, dtype=dtype) for name, (dtype, _) in SPAN_COORDINATES.items()}
+    for row, own in spans.items():
+        for place, span in enumerate(own, start=(row - first) * capacity):
+            columns["rollout"][place] = row
+            columns["turn"][place] = span.turn
+            columns["part"][place] = PARTS.index(span.part)
+            columns["count"][place] = span.stop - span.start
+    return {
+        coordinate_key(f"{SPANS}/{name}", unit): encode_coordinate(column, layout, name, spans=True)
+        for name, column in columns.items()
     }

@@ -11,9 +11,9 @@ from personaspace.store.layout import ZARR_GROUP, coordinate_key, rollouts_key, 
 from personaspace.store.lease import LEASE
 from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, Manifest
 from personaspace.store.objects import LOCK
-from personaspace.store.records import COORDINATES_RECORD, ROLLOUTS, Slot
+from personaspace.store.records import COORDINATES_RECORD, ROLLOUTS, SPAN_COORDINATES_RECORD, Slot
 from personaspace.store.rollouts import decode_rollouts
-from personaspace.store.schema import COORDINATES, SPANS, decode_coordinate, decode_shard
+from personaspace.store.schema import COORDINATES, SPAN_COORDINATES, SPANS, decode_coordinate, decode_shard
 from personaspace.store.scores import SCORES
 from personaspace.store.space import LATEST
 
@@ -33,7 +33,7 @@ def orphan_slot(key: str, manifest: Manifest) -> Slot | None:
     arrays = {spec.record for spec in manifest.arrays}
     if not 0 <= unit < layout.units or not 0 <= group < layout.groups:
         return None
-    known = array in (ROLLOUTS, COORDINATES_RECORD, f"{SPANS}.{COORDINATES_RECORD}") or array in arrays
+    known = array in (ROLLOUTS, COORDINATES_RECORD, SPAN_COORDINATES_RECORD) or array in arrays
     return slot if known or array.startswith(f"{SCORES}.") else None
 
 
@@ -47,10 +47,18 @@ def decoders(slot: Slot, manifest: Manifest) -> dict[str, Callable[[bytes], obje
         return {
             coordinate_key(name, unit): partial(decode_coordinate, layout=layout, name=name) for name in COORDINATES
         }
+    spans = layout.of_spans(manifest.spans_per_rollout)
+    if array == SPAN_COORDINATES_RECORD:
+        return {
+            coordinate_key(f"{SPANS}/{name}", unit): partial(decode_coordinate, layout=spans, name=name, spans=True)
+            for name in SPAN_COORDINATES
+        }
     return {
-        shard_key(spec.path, unit, group): partial(decode_shard, layout=layout, layers=len(layout.group_layers(group)))
+        shard_key(spec.path, unit, group): partial(
+            decode_shard, layout=spans if spec.spans else layout, layers=len(layout.group_layers(group))
+        )
         for spec in manifest.arrays
-        if spec.record == array and not spec.spans
+        if spec.record == array
     }
 
 

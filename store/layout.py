@@ -81,15 +81,16 @@ class Layout:
         spans = tuple(len(units) * self.unit_rows * capacity for units in self.segment_units)
         return replace(self, segments=spans, unit_rows=self.unit_rows * capacity)
 
-    def stage_boundaries(self, stages: int) -> list[int]:
-        """Split the layers over ``stages`` at multiples of G: ``[0, ..., layers]``, as even as groups allow.
+    def stage_boundaries(self, stages: int, groups: int | None = None) -> list[int]:
+        """Split the layers of the first ``groups`` groups (default: all) over ``stages``: ``[0, ..., stop]``.
 
-        Raises ValueError when there are more stages than groups.
+        Cuts are multiples of G, as even as groups allow. Raises ValueError when there are more stages than groups.
         """
-        if not 1 <= stages <= self.groups:
-            raise ValueError(f"stages must be 1 to {self.groups} (layer groups of {self.layer_group}), not {stages}")
-        cuts = [round(stage * self.groups / stages) * self.layer_group for stage in range(stages)]
-        return [*cuts, self.layers]
+        groups = groups or self.groups
+        if not 1 <= stages <= groups:
+            raise ValueError(f"stages must be 1 to {groups} (layer groups of {self.layer_group}), not {stages}")
+        cuts = [round(stage * groups / stages) * self.layer_group for stage in range(stages)]
+        return [*cuts, self.group_layers(groups - 1).stop]
 
 
 def shard_key(array: str, unit: int, group: int) -> str:

@@ -20,7 +20,7 @@ from personaspace.store.sealed import seal, unseal
 
 MANIFEST = "run.json"
 MANIFEST_COPY = "run.copy.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +80,10 @@ class Manifest:
             del raw["schema_version"]
             stored_hash = raw.pop("identity_hash")
             layout = {**raw["layout"], "segments": tuple(raw["layout"]["segments"])}
-            arrays = [{**a, "layers": None if a["layers"] is None else tuple(a["layers"])} for a in raw["arrays"]]
+            arrays = [
+                {**a, "layers": None if a["layers"] is None else tuple(a["layers"]), "spans": tuple(a["spans"])}
+                for a in raw["arrays"]
+            ]
             manifest = cls(
                 **{
                     **raw,

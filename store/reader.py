@@ -154,7 +154,7 @@ def _arrays(folder: Folder, manifest: Manifest, committed: dict[Slot, int], *, s
     layout = manifest.layout.of_spans(manifest.spans_per_rollout) if spans else manifest.layout
     arrays = {}
     for spec in manifest.arrays:
-        if spec.spans != spans:
+        if bool(spec.spans) != spans:
             continue
         generations = np.full((layout.units, layout.groups), NOT_COMMITTED)
         for (array, unit, group), generation in committed.items():

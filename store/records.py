@@ -15,6 +15,7 @@ from personaspace.store.sealed import seal, unseal
 COMMITS = "commits"
 ROLLOUTS = "rollouts"
 COORDINATES_RECORD = "coordinates"
+SPAN_COORDINATES_RECORD = "spans.coordinates"
 READ_THREADS = 16
 """Requests at a time where many small objects are read: an object store answers each in some 20 ms."""
 
@@ -55,6 +56,8 @@ class Record:
     """SHA-256 of the unit's rollouts that this was made from; None for the rollouts themselves."""
     covers: tuple[str, ...] = ()
     """For coordinates: the records, as `array.group`, that were complete and vouch for the unit's status."""
+    split: tuple[int, ...] = ()
+    """Rows whose micro-batch ran in parts, since memory ran out: equal to a run in one part within rounding only."""
     writer: str
     epoch: int
     """Lease epoch under which it was written."""
@@ -81,6 +84,7 @@ class Record:
         try:
             raw["rows"] = tuple(raw["rows"])
             raw["covers"] = tuple(raw["covers"])
+            raw["split"] = tuple(raw["split"])
             raw["objects"] = tuple(StoredObject(**stored) for stored in raw["objects"])
             raw["dropped"] = {int(row): reason for row, reason in raw["dropped"].items()}
             return cls(**raw)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import pyarrow as pa
 
@@ -23,14 +23,33 @@ SCHEMA = pa.schema(
         pa.field("response", pa.string(), nullable=False),
         pa.field("prompt_token_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("response_token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field(
+            "spans",
+            pa.list_(
+                pa.struct([("turn", pa.int32()), ("part", pa.string()), ("start", pa.int32()), ("stop", pa.int32())])
+            ),
+            nullable=False,
+        ),
         pa.field("finish_reason", pa.string(), nullable=False),
         pa.field("template_hash", pa.string(), nullable=False),
         pa.field("sampling", pa.string(), nullable=False),
         pa.field("seed", pa.uint64(), nullable=False),
         pa.field("dropped", pa.string()),
     ],
-    metadata={"schema_version": "1"},
+    metadata={"schema_version": "2"},
 )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """Tokens ``[start, stop)`` of a rollout, prompt and response counted together, that belong together."""
+
+    turn: int
+    """Assistant turn of the conversation, 0-based."""
+    part: str
+    """`whole` turn, its `think` part, or its `answer` part."""
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +70,9 @@ class Rollout:
     response: str
     prompt_token_ids: list[int]
     response_token_ids: list[int]
-    """The span that is averaged: without the end-of-turn token."""
+    """The last assistant turn, without the end-of-turn token."""
+    spans: list[Span] = field(default_factory=list)
+    """What can be averaged: every assistant turn, whole and in parts; the response comes last. Empty if dropped."""
     finish_reason: str
     """`stop` (the model ended its turn), `length` (cut off) or `imported`."""
     template_hash: str

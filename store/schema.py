@@ -60,8 +60,8 @@ class ArraySpec:
     description: str
     layers: tuple[int, ...] | None = None
     """Layers that are asked for; None for all. The layer axis has full length whatever this says."""
-    spans: bool = False
-    """A row for each span in place of each rollout; lies in the group `spans`."""
+    spans: tuple[str, ...] = ()
+    """Parts of assistant turns that get a row each, in place of each rollout; the array lies in the group `spans`."""
 
     @property
     def path(self) -> str:

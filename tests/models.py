@@ -7,9 +7,28 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-FAMILIES = ("llama", "qwen3", "gemma2", "gemma3_text", "gpt_neox", "gpt2", "mistral", "mixtral", "qwen3_moe")
+FAMILIES = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "gemma2",
+    "gemma3_text",
+    "gemma3",
+    "mistral",
+    "mixtral",
+    "phi3",
+    "olmo2",
+    "gpt_neox",
+    "gpt2",
+    "gpt_oss",
+    "deepseek_v3",
+    "granite",
+    "cohere2",
+)
+"""Types of model as transformers names them; `gemma3` is the one that also takes images."""
 SLIDING_WINDOW = 8
-"""Tokens that the sliding-window layers of gemma2, gemma3_text and mistral see."""
+"""Tokens that the sliding-window layers of gemma2, gemma3, gpt_oss, cohere2 and mistral see."""
 MAX_POSITIONS = 256
 
 CHATML = (
@@ -91,18 +110,46 @@ def _model(family: str, layers: int, hidden: int, seed: int, tokenizer: PreTrain
         "tie_word_embeddings": family.startswith("gemma"),
     }
     heads = {"num_key_value_heads": 2, "head_dim": hidden // 4}
+    slides = {"sliding_window": SLIDING_WINDOW}
+    gemma = {**heads, **slides, "query_pre_attn_scalar": hidden // 4}
+    experts = {"num_experts_per_tok": 2, "moe_intermediate_size": hidden}
     own: dict[str, dict[str, Any]] = {
         "llama": heads,
+        "qwen2": {"num_key_value_heads": 2},
         "qwen3": heads,
-        "gemma2": {**heads, "sliding_window": SLIDING_WINDOW, "query_pre_attn_scalar": hidden // 4},
-        "gemma3_text": {**heads, "sliding_window": SLIDING_WINDOW, "query_pre_attn_scalar": hidden // 4},
+        "qwen3_moe": {**heads, **experts, "num_experts": 4},
+        "gemma2": gemma,
+        "gemma3_text": gemma,
+        "mistral": {**heads, **slides},
+        "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
+        "phi3": {"num_key_value_heads": 2},
+        "olmo2": {"num_key_value_heads": 2},
         "gpt_neox": {},
         "gpt2": {},
-        "mistral": {**heads, "sliding_window": SLIDING_WINDOW},
-        "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
-        "qwen3_moe": {**heads, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": hidden},
+        "gpt_oss": {**heads, **slides, "num_local_experts": 4},
+        "deepseek_v3": {
+            **experts,
+            "n_routed_experts": 4,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 2,
+            "q_lora_rank": hidden // 2,
+            "kv_lora_rank": hidden // 2,
+            "qk_nope_head_dim": hidden // 4,
+            "qk_rope_head_dim": hidden // 4,
+            "v_head_dim": hidden // 4,
+        },
+        "granite": {"num_key_value_heads": 2, "residual_multiplier": 0.4, "embedding_multiplier": 3.0},
+        "cohere2": {"num_key_value_heads": 2, **slides},
     }
-    config = CONFIG_MAPPING[family](**common, **own[family])
+    if family == "gemma3":
+        text = CONFIG_MAPPING["gemma3_text"](**common, **gemma)
+        vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        config = CONFIG_MAPPING["gemma3"](
+            text_config=text.to_dict(), vision_config={**vision, "image_size": 28, "patch_size": 14}
+        )
+    else:
+        config = CONFIG_MAPPING[family](**common, **own[family])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -157,7 +157,7 @@ def test_a_session_without_growth_changes_the_manifest_only(fence: Fence) -> Non
 def test_growth_by_an_array_and_by_spans(fence: Fence) -> None:
     first = create(fence)
     complete(fence)
-    turns = ArraySpec(name="resid_post_turn", description="Means of turns", spans=True)
+    turns = ArraySpec(name="resid_post_turn", description="Means of turns", spans=("whole",))
     last = ArraySpec(name="resid_post_last", description="Last token")
     after = replace(first, arrays=(MEAN, last, turns), spans_per_rollout=2)
     second = write_run(fence, first, after, planned())

@@ -21,7 +21,7 @@ from personaspace.store.verify import verify
 from tests.store.small_runs import ALL, LAYOUT, MEAN, commit_shards, complete, create, planned, values
 
 PRE = ArraySpec(name="resid_pre_mean", description="Mean over the response, before each block")
-TURNS = ArraySpec(name="resid_post_mean", description="Mean over each turn", spans=True)
+TURNS = ArraySpec(name="resid_post_mean", description="Mean over each turn", spans=("whole",))
 CAPACITY = 2
 SPANS = LAYOUT.of_spans(CAPACITY)
 

@@ -72,7 +72,7 @@ def test_round_trip(folder: LocalFolder) -> None:
     for written in (
         manifest(),
         manifest(sessions=({"epoch": 1},), layout=manifest().layout.grow(3), spans_per_rollout=2),
-        manifest(arrays=(ArraySpec(name="a", description="", spans=True), ArraySpec(name="b", description=""))),
+        manifest(arrays=(ArraySpec(name="a", description="", spans=("whole",)), ArraySpec(name="b", description=""))),
         manifest(frozen={"content_hash": "ab", "at": "now", "by": "me"}),
     ):
         folder.replace(MANIFEST, written.encode())

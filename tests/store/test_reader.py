@@ -517,7 +517,7 @@ def test_stored_layers(fence: Fence) -> None:
 # Spans.
 
 CAPACITY = 3
-TURNS = ArraySpec(name="resid_post_turn", description="Means of turns", spans=True)
+TURNS = ArraySpec(name="resid_post_turn", description="Means of turns", spans=("whole",))
 USED = {0: [(0, 1, 5)], 1: [(0, 2, 6), (0, 3, 4), (1, 1, 9)], 4: [(0, 1, 2), (1, 1, 3)], 9: [(0, 3, 1)]}
 """Row -> spans (turn, part, tokens)."""
 

@@ -42,7 +42,7 @@ BELOW_OVERFLOW = 3.38e38
 SMALLEST_NORMAL = 2.0**-126
 SHARDS = hnp.arrays(np.float32, (4, 3, 6), elements=st.floats(width=32))
 MEAN = ArraySpec(name=RESID_POST_MEAN, description="Means")
-TURNS = ArraySpec(name="resid_post_turn", description="Means of turns", spans=True)
+TURNS = ArraySpec(name="resid_post_turn", description="Means of turns", spans=("whole",))
 
 
 def write_group(path: Path, layout: Layout = LAYOUT, arrays: tuple[ArraySpec, ...] = (MEAN,), spans: int = 0) -> None:

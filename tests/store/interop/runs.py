@@ -38,7 +38,7 @@ FIRST = Layout(segments=(10,), layers=5, hidden=6, unit_rows=4, layer_group=3)
 """Three units, the last half full; two groups of layers, the last short of one layer."""
 GROWN = FIRST.grow(5)
 MEAN = ArraySpec(name=RESID_POST_MEAN, description="Mean over the response")
-TURNS = ArraySpec(name="resid_post_turn", description="Mean over each turn", spans=True)
+TURNS = ArraySpec(name="resid_post_turn", description="Mean over each turn", spans=("whole",))
 ROLES = ("default", "poète", "日本の詩人")
 DROPPED = 3
 """Row that is NaN in every layer."""

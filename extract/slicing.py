@@ -1,0 +1,127 @@
+"""Loading a slice of a checkpoint: only the weights of its own blocks are ever read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from personaspace.extract.anatomy import UnsupportedModelError, dissect, empty_model
+from personaspace.extract.checkpoint import Checkpoint
+from personaspace.extract.config import Attention, Dtype
+
+
+class PassThrough(nn.Module):
+    """Stands where a module of no use to the slice would be; owns no weights, and gives back what it gets first."""
+
+    def __init__(self, replaced: nn.Module) -> None:
+        super().__init__()
+        # Some models read this attribute of every block to choose its mask.
+        if hasattr(replaced, "attention_type"):
+            self.attention_type = replaced.attention_type
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden_states
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slice:
+    """Some blocks of a model, loaded."""
+
+    first: int
+    stop: int
+    """Its blocks are ``[first, stop)``."""
+    hidden: int
+    dtype: torch.dtype
+    device: torch.device
+    decoder: PreTrainedModel
+    blocks: nn.ModuleList
+    """All of the model's; pass-throughs outside of the slice."""
+
+
+def load_slice(
+    checkpoint: Checkpoint,
+    *,
+    first: int,
+    stop: int,
+    dtype: Dtype,
+    device: str = "cpu",
+    attention: Attention = "auto",
+) -> Slice:
+    """The decoder with only the weights of blocks ``[first, stop)``; the embedding only where ``first`` is 0.
+
+    Blocks outside the slice, the final norm, and what is not text are pass-throughs. The model is pruned before
+    transformers loads it, so that tensors of other stages are never read, while transformers' own weight conversions
+    stay in force. Raises UnsupportedModelError for weights that are missing or can't be loaded.
+    """
+    whole = empty_model(checkpoint)
+    backbone_class: type[PreTrainedModel] = type(whole)
+
+    def prune_on_init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        backbone_class.__init__(self, *args, **kwargs)
+        _prune(self, checkpoint.layers, range(first, stop))
+
+    overrides = {
+        "__init__": prune_on_init,
+        # With another module transformers takes the class for custom code and skips its weight conversions.
+        "__module__": backbone_class.__module__,
+        # Tensors of other stages are unexpected on purpose.
+        "_keys_to_ignore_on_load_unexpected": [r".*"],
+    }
+    sliced: Any = type(backbone_class.__name__, (backbone_class,), overrides)
+    try:
+        model, loading = sliced.from_pretrained(
+            checkpoint.source,
+            config=whole.config,
+            dtype=getattr(torch, dtype),
+            device_map=device,
+            attn_implementation=None if attention == "auto" else attention,
+            output_loading_info=True,
+            **checkpoint.loading(),
+        )
+    except (RuntimeError, ValueError, ImportError) as error:
+        raise UnsupportedModelError(
+            f"{checkpoint.source}: transformers cannot load layers {first} to {stop - 1}: {error}"
+        ) from error
+    if loading["missing_keys"]:
+        # transformers would fill them with random numbers and only warn.
+        missing = ", ".join(sorted(loading["missing_keys"])[:5])
+        raise UnsupportedModelError(
+            f"{checkpoint.source}: {len(loading['missing_keys'])} weights of layers {first} to {stop - 1} are not in "
+            f"the checkpoint ({missing}, ...)."
+        )
+    parts = dissect(cast(PreTrainedModel, model.eval()), checkpoint.layers)
+    return Slice(
+        first=first,
+        stop=stop,
+        hidden=checkpoint.hidden,
+        dtype=getattr(torch, dtype),
+        device=torch.device(device),
+        decoder=parts.decoder,
+        blocks=parts.blocks,
+    )
+
+
+def _prune(backbone: PreTrainedModel, layers: int, owned: Sequence[int]) -> None:
+    parts = dissect(backbone, layers)
+    for layer in range(layers):
+        if layer not in owned:
+            parts.blocks[layer] = PassThrough(parts.blocks[layer])
+    if parts.norm_path is not None:
+        parts.decoder.set_submodule(parts.norm_path, PassThrough(parts.decoder.get_submodule(parts.norm_path)))
+    if owned[0] > 0:
+        parts.decoder.set_input_embeddings(PassThrough(parts.embedding))
+    _keep_only(backbone, parts.decoder)
+
+
+def _keep_only(module: nn.Module, decoder: nn.Module) -> None:
+    """Drop everything outside of the decoder, such as vision towers."""
+    if module is decoder:
+        return
+    for name, child in module.named_children():
+        if any(part is decoder for part in child.modules()):
+            _keep_only(child, decoder)
+        else:
+            setattr(module, name, PassThrough(child))
