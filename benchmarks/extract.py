@@ -1,99 +1,160 @@
-"""Cost of capturing every layer: our stage over the bare backbone pass, on the same micro-batches.
+"""Cost of reading every layer: our engine against its limit, the bare forward pass, and against other ways.
 
-    python benchmarks/extract.py                  # SmolLM2-135M (make demo fetches it), 20 pairs
+    python benchmarks/extract.py                         # SmolLM2-135M (make demo fetches it); an hour on two cores
     python benchmarks/extract.py --quick --json out.json
 
-Each pair runs both in random order on one micro-batch; the median of the ratios is what counts, since machines are
-noisy. The bare pass is the same backbone without hooks, padding to the right, without a mask.
+Two mixes of rollouts: `parity` (--responses: assistant-axis JSONL files) and `lognormal` (random tokens, median 250, up
+to 2,048). In each pair all methods run over the whole mix, in random order; medians of the ratios count, with 95%
+intervals, since machines are noisy. `ours` and `bare` see the same micro-batches.
 """
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModel
+from extract_cluster import measure_cluster
+from extract_memory import measure_memory
+from extract_methods import Tokens, bare, given_order, hidden_states, make_batches, ours, reference
+from machine import describe_machine
+from scipy.stats import quantile_test
 
-from personaspace.extract.checkpoint import resolve
-from personaspace.extract.config import ModelConfig
+from personaspace.extract.chat import ChatFormat
+from personaspace.extract.checkpoint import Checkpoint, resolve
+from personaspace.extract.config import ExtractConfig, ModelConfig
 from personaspace.extract.demo_model import DEFAULT_FOLDER
-from personaspace.extract.packing import MicroBatch, batch_by_length
-from personaspace.extract.stage import Stage
+from personaspace.extract.packing import MicroBatch, padding_waste
+from personaspace.extract.spans import locate
+from personaspace.store.formats.assistant_axis import read_responses
 
-PROMPT_TOKENS = 60
+RESPONSES = Path(__file__).parents[2] / "shared" / "reference" / "parity" / "responses"
 BUDGET = 4096
+PROMPT_TOKENS = 60
+METHODS = {"ours": ours, "bare": bare, "hidden_states": hidden_states, "reference": reference}
 
 
-def make_batches(generator: random.Random, rows: int, vocabulary: int) -> list[MicroBatch]:
-    """Micro-batches of random tokens: a prompt of 60 tokens, responses lognormal around 160, up to 512."""
-    responses = {row: min(512, max(1, round(generator.lognormvariate(5.0, 0.5)))) for row in range(rows)}
-    lengths = {row: PROMPT_TOKENS + tokens for row, tokens in responses.items()}
+def parity_mix(checkpoint: Checkpoint, config: ModelConfig, responses: Path) -> list[Tokens]:
+    """Finished rollouts, in the order of their files."""
+    chat = ChatFormat(checkpoint, config)
+    found = [locate(chat, list(response.conversation)) for response in read_responses(responses)]
     return [
-        MicroBatch(
-            rows=batch,
-            token_ids=tuple(tuple(generator.choices(range(vocabulary), k=lengths[row])) for row in batch),
-            spans=tuple((PROMPT_TOKENS, lengths[row]) for row in batch),
-        )
-        for batch in batch_by_length(lengths, BUDGET)
+        Tokens(ids=(*entry.prompt, *entry.response), response=len(entry.prompt)) for entry in found if entry.response
     ]
 
 
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+def lognormal_mix(rows: int, draw: random.Random) -> list[Tokens]:
+    """Random tokens: lengths lognormal around 250, 80 to 2,048."""
+    lengths = [min(2048, max(PROMPT_TOKENS + 20, round(draw.lognormvariate(5.52, 0.6)))) for _ in range(rows)]
+    return [Tokens(ids=tuple(draw.choices(range(1000), k=length)), response=PROMPT_TOKENS) for length in lengths]
+
+
+def measure_speed(
+    rollouts: Sequence[Tokens], methods: dict[str, Callable[[MicroBatch], object]], pairs: int, draw: random.Random
+) -> dict[str, Any]:
+    """Seconds (wall, and CPU) of every method over the whole mix, pair by pair, and the ratios that follow."""
+    sorted_batches, batches_of_16 = make_batches(rollouts, BUDGET), given_order(rollouts)
+    wall: dict[str, list[float]] = {name: [] for name in methods}
+    cpu: dict[str, list[float]] = {name: [] for name in methods}
+    for name, run in methods.items():
+        run(sorted_batches[-1])
+    for _ in range(pairs):
+        for name in draw.sample(list(methods), len(methods)):
+            start, start_cpu = time.perf_counter(), time.process_time()
+            for batch in batches_of_16 if name == "reference" else sorted_batches:
+                methods[name](batch)
+            wall[name].append(time.perf_counter() - start)
+            cpu[name].append(time.process_time() - start_cpu)
+    tokens = sum(batch.tokens for batch in sorted_batches)
+    return {
+        "rollouts": len(rollouts),
+        "tokens": tokens,
+        "micro_batches": len(sorted_batches),
+        "padding_waste": padding_waste(sorted_batches),
+        "padding_waste_given_order": padding_waste(batches_of_16),
+        "tokens_per_s": tokens / statistics.median(wall["ours"]),
+        "seconds": wall,
+        "cpu_seconds": cpu,
+        "ours_over_bare": ratio(wall["ours"], wall["bare"]),
+        "ours_over_bare_cpu": ratio(cpu["ours"], cpu["bare"]),
+        "reference_over_ours": ratio(wall["reference"], wall["ours"]),
+        "hidden_states_over_ours": ratio(wall["hidden_states"], wall["ours"]),
+        "reference_over_bare": ratio(wall["reference"], wall["bare"]),
+    }
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+    """Median of the pairs' ratios, with its 95% interval (by order statistics)."""
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    interval = quantile_test(ratios, p=0.5).confidence_interval(0.95)
+    low, high = (
+        found if found == found else edge for found, edge in zip(interval, (min(ratios), max(ratios)), strict=True)
+    )
+    return {"median": statistics.median(ratios), "low": float(low), "high": float(high), "pairs": len(ratios)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(DEFAULT_FOLDER), help="checkpoint folder or Hugging Face id")
+    parser.add_argument("--responses", type=Path, default=RESPONSES, help="folder of ROLE.jsonl for the parity mix")
+    parser.add_argument("--folder", type=Path, default=Path("benchmark-run"), help="scratch for the runs that write")
     parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--quick", action="store_true", help="3 pairs on short batches")
+    parser.add_argument("--quick", action="store_true", help="2 pairs on few rollouts, one small shape")
+    parser.add_argument("--only", choices=("speed", "cluster", "memory"), help="one part of it")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
 
-    generator = random.Random(0)
-    checkpoint = resolve(ModelConfig(id=arguments.model))
-    stage = Stage(checkpoint, first=0, stop=checkpoint.layers, dtype="bfloat16")
-    bare = AutoModel.from_pretrained(checkpoint.source, dtype=torch.bfloat16, **checkpoint.loading()).eval()
-    batches = make_batches(generator, 24 if arguments.quick else 120, bare.config.vocab_size)
-
-    @torch.inference_mode()
-    def bare_pass(batch: MicroBatch) -> None:
-        ids = torch.zeros((len(batch.rows), batch.padded_length), dtype=torch.long)
-        for row, tokens in enumerate(batch.token_ids):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-        bare(input_ids=ids, use_cache=False)
-
-    ratios, rates = [], []
-    for pair in range(-1, 3 if arguments.quick else arguments.pairs):
-        batch = batches[pair % len(batches)]
-        times = {}
-        for name in generator.sample(["ours", "bare"], 2):
-            run = bare_pass if name == "bare" else stage.forward
-            times[name] = seconds(lambda run=run, batch=batch: run(batch))  # type: ignore[misc]
-        if pair >= 0:  # The first pair warms up.
-            ratios.append(times["ours"] / times["bare"])
-            rates.append(batch.tokens / times["ours"])
-    low, _, high = statistics.quantiles(ratios, n=4)
-    figures = {
-        "ours_over_bare": statistics.median(ratios),
-        "ours_over_bare_quartiles": [low, high],
-        "tokens_per_s": statistics.median(rates),
-        "pairs": len(ratios),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
+    pairs = 2 if arguments.quick else arguments.pairs
+    draw = random.Random(0)
+    config = ModelConfig(id=arguments.model)
+    checkpoint = resolve(config)
+    figures: dict[str, Any] = {"machine": describe_machine(Path.cwd()), "threads": torch.get_num_threads()}
+    parity = parity_mix(checkpoint, config, arguments.responses)
+    mixes = {
+        "parity": parity[:6] if arguments.quick else parity,
+        "lognormal": lognormal_mix(6 if arguments.quick else 64, draw),
     }
-    print(f"ours over the bare pass: median {figures['ours_over_bare']:.3f}, quartiles {low:.3f} to {high:.3f}")
-    print(f"tokens/s: {figures['tokens_per_s']:,.0f} with {figures['threads']} threads, {len(ratios)} pairs")
+    # Waste is a matter of windows, so the mix is judged by whole ones.
+    window = make_batches(lognormal_mix(ExtractConfig().window_rows, draw), ExtractConfig().micro_batch_tokens)
+    figures["padding_waste"] = padding_waste(window)
+    print(f"padding in a window of {ExtractConfig().window_rows} lognormal rollouts: {figures['padding_waste']:.1%}")
+    if arguments.only in (None, "speed"):
+        methods = {name: method(checkpoint, config.dtype) for name, method in METHODS.items()}
+        for name, mix in mixes.items():
+            figures[name] = measure_speed(mix, methods, pairs, draw)
+            for key in ("ours_over_bare", "ours_over_bare_cpu", "reference_over_ours", "hidden_states_over_ours"):
+                show(f"{name}: {key}", figures[name][key])
+            print(f"{name}: {figures[name]['tokens_per_s']:,.0f} tokens/s, waste {figures[name]['padding_waste']:.1%}")
+        for key in ("ours_over_bare", "reference_over_ours", "hidden_states_over_ours"):
+            figures[key] = figures["parity"][key]["median"]
+        del methods
+    if arguments.only in (None, "cluster"):
+        found = measure_cluster(arguments.model, arguments.responses, arguments.folder, pairs)
+        figures["cluster"] = {**found, "ratio": ratio(found["ray"], found["engine"])}
+        figures["ray_over_engine"] = figures["cluster"]["ratio"]["median"]
+        show(
+            f"two Ray stages that write, over one engine ({found['micro_batches'][0]} batches)",
+            figures["cluster"]["ratio"],
+        )
+    if arguments.only in (None, "memory"):
+        shapes = [(4, 128)] if arguments.quick else [(16, 512), (16, 2048)]
+        figures["memory"] = measure_memory(checkpoint, shapes)
+        for shape, found in figures["memory"].items():
+            print(f"{shape}: " + ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in found.items()))
+        largest = list(figures["memory"].values())[-1]
+        figures |= {"extra_peak_bytes": largest["ours"], "extra_peak_bound_bytes": largest["bound"]}
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def show(name: str, found: dict[str, float]) -> None:
+    print(
+        f"{name}: median {found['median']:.3f}, 95% {found['low']:.3f} to {found['high']:.3f}, {found['pairs']} pairs"
+    )
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import store_peers
+from machine import describe_machine, isolated
 from store_data import Tiles, plan_tiles, save_source
 from store_error import measure_errors
-from store_machine import describe_machine, isolated
 from store_memory import measure_memory
 from store_read import OURS, measure_reads
 from store_write import measure_writes

@@ -8,8 +8,8 @@ from typing import Any
 import dask
 import dask.array
 import numpy as np
+from machine import isolated, peak, reset_peak
 from store_data import Tiles, create_run, load_source, plan_tiles, write_units
-from store_machine import isolated, peak, reset_peak
 
 from personaspace.store import open_run, select
 from personaspace.store.config import Precision

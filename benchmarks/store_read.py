@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import store_peers
 import torch
+from machine import bytes_read, can_drop_caches, drop_caches, isolated, median
 from numpy.typing import NDArray
 from store_data import Tiles
-from store_machine import bytes_read, can_drop_caches, drop_caches, isolated, median
 
 from personaspace.store import open_run, select
 from personaspace.store.schema import RESID_POST_MEAN

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import median
 from numpy.typing import NDArray
 from store_data import Tiles, commit_shard, create_run, encode_group
-from store_machine import median
 
 from personaspace.store.config import Precision
 from personaspace.store.layout import ZARR_GROUP

@@ -186,7 +186,7 @@ class Extraction:
         missing = {array for units in queue for unit in units for array, _ in job.missing_shards(self._committed, unit)}
         self._arrays = tuple(spec for spec in job.manifest.arrays if spec.record in missing)
         self._work: dict[int, WindowWork] = {}
-        self._replicas = [
+        self.replicas = [
             [cast(Any, StageActor).options(**workers.options()).remote(spec) for spec in self._specs(workers)]
             for _ in range(replicas)
         ]
@@ -210,7 +210,7 @@ class Extraction:
                     self._commit_done(*self._commits.pop(done))
                 self._submit_due()
         finally:
-            for actor in [actor for replica in self._replicas for actor in replica]:
+            for actor in [actor for replica in self.replicas for actor in replica]:
                 ray.kill(actor)
 
     def _specs(self, workers: Workers) -> list[StageSpec]:
@@ -258,7 +258,7 @@ class Extraction:
     def _submit(self, index: int, window: int, batch: MicroBatch) -> None:
         rollout_ids = [self._work[window].rollout_ids[row] for row in batch.rows]
         hidden, answer = None, 1
-        for actor in self._replicas[index]:
+        for actor in self.replicas[index]:
             hidden, answer = actor.forward.remote(window, batch, rollout_ids, hidden, answer)
         self._forwards[answer] = (index, window, batch)
 
@@ -282,7 +282,7 @@ class Extraction:
             for batch in work.batches
             for row, ids, segments in zip(batch.rows, batch.token_ids, batch.segments, strict=True)
         }
-        for actor, first, stop in zip(self._replicas[index], self._boundaries, self._boundaries[1:], strict=False):
+        for actor, first, stop in zip(self.replicas[index], self._boundaries, self._boundaries[1:], strict=False):
             own = range(first // job.layout.layer_group, math.ceil(stop / job.layout.layer_group))
             units = []
             for unit in work.units:

@@ -132,7 +132,7 @@ def prepare(
     refuse_frozen(folder, existing)
     checkpoint = resolve(model)
     chat = ChatFormat(checkpoint, model)
-    plan = _plan(personas, generate, checkpoint)
+    plan = plan_rollouts(personas, generate, checkpoint)
     layout = _layout(plan, checkpoint, store, None if existing is None else existing.layout)
     identity = {
         "model": {
@@ -195,7 +195,7 @@ def prepare(
     )
 
 
-def _plan(personas: PersonasConfig, generate: GenerateConfig, checkpoint: Checkpoint) -> PersonaPlan:
+def plan_rollouts(personas: PersonasConfig, generate: GenerateConfig, checkpoint: Checkpoint) -> PersonaPlan:
     if generate.responses is None:
         generation = json.dumps(_generation(generate), sort_keys=True)
         return plan_personas(personas, model_name=checkpoint.name, generation=generation)

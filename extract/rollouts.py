@@ -16,6 +16,8 @@ from personaspace.extract.reductions import Readout
 from personaspace.extract.spans import Conversation, UnstableBoundaryError, continue_conversation, locate
 from personaspace.store.rollouts import Rollout, Span
 
+AWAITED = "not generated yet"
+
 
 def generated_rollout(
     planned: PlannedRollout,
@@ -67,6 +69,12 @@ def imported_rollout(planned: PlannedRollout, role: str, *, chat: ChatFormat, ma
         seed=0,
         dropped=dropped,
     )
+
+
+def awaited_rollout(planned: PlannedRollout, role: str, *, chat: ChatFormat) -> Rollout:
+    """A rollout as it stands before its response is sampled."""
+    conversation = Conversation(prompt=chat.encode_prompt(planned.messages), response=[], spans=[])
+    return _rollout(planned, role, conversation, "", AWAITED, chat.template_hash, sampling={}, seed=0, dropped=None)
 
 
 def why_dropped(conversation: Conversation, response: str, max_positions: int | None) -> str | None:

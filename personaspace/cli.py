@@ -1,4 +1,4 @@
-"""The command line: `personaspace run CONFIG`, each step alone, `status`, and `store`."""
+"""The command line: `personaspace run CONFIG`, each step alone, `preview`, `status`, and `store`."""
 
 import argparse
 import sys
@@ -23,13 +23,14 @@ examples:
   personaspace run configs/demo.yaml --store.run second --generate.seed 1
   personaspace extract configs/demo.yaml --cluster.stages 3
   personaspace fit runs/demo --analysis.components 16
+  personaspace preview configs/demo.yaml --role ghost --html preview.html
   personaspace status runs/demo
   personaspace store ls runs
   ray job submit --address http://HEAD:8265 --working-dir . -- python -m personaspace run configs/demo.yaml
 
 Every setting is a flag: `personaspace run --help` lists them. Flags beat the file, the file beats the defaults.
 A command that was interrupted is repeated to resume. Exit codes: 0 done, 1 failed, 2 bad input, 3 run in use,
-4 damaged data, 5 a worker failed, 6 storage failed, 130 interrupted."""
+4 damaged data, 5 a worker failed, 6 storage failed, 7 too many rollouts dropped, 130 interrupted."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if parsed.command == "store":
             return run_store(parsed, flags)
+        if parsed.command == "preview":
+            return _preview(parsed, flags)
         if parsed.command == "status":
             if flags:
                 raise InputError(f"status: unknown argument {flags[0]}.")
@@ -78,6 +81,18 @@ def _parser() -> argparse.ArgumentParser:
             help="YAML file; every setting in it is also a flag. fit and report also take a run",
         )
         command.add_argument("-h", "--help", action="store_true")
+    preview = commands.add_parser(
+        "preview",
+        help="show some rollouts, with the tokens marked that are averaged",
+        epilog="All settings of the config are flags here, too: --extract.reductions mean parts",
+        allow_abbrev=False,
+    )
+    preview.add_argument("target", metavar="CONFIG", help="YAML file")
+    preview.add_argument(
+        "--count", type=_positive, default=4, help="rollouts to show, spread over the plan (default 4)"
+    )
+    preview.add_argument("--role", help="of this role only")
+    preview.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page for the browser")
     status = commands.add_parser("status", help="how far a run is, and who writes it")
     status.add_argument("target", metavar="RUN", help="folder of a run, such as runs/demo, or its config file")
     add_commands(commands)
@@ -91,6 +106,20 @@ def _analyse(target: str, step: str, flags: Sequence[str]) -> int:
 
     analyse(open_folder(target), [step], flags)
     return 0
+
+
+def _preview(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
+    config = load_config(Path(parsed.target), flags, prog="personaspace preview CONFIG")
+    from personaspace.preview import preview
+
+    preview(config, count=parsed.count, role=parsed.role, html=parsed.html)
+    return 0
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)
 
 
 def _status(target: str) -> int:

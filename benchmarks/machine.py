@@ -1,4 +1,4 @@
-"""What benchmarks/store.py measures with: clocks, bytes read, memory, the page cache, fresh processes."""
+"""What the benchmarks measure with: clocks, bytes read, memory, the page cache, fresh processes."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
-PACKAGES = ("numpy", "zarr", "numcodecs", "xarray", "dask", "torch", "safetensors")
+PACKAGES = ("numpy", "zarr", "numcodecs", "xarray", "dask", "torch", "transformers", "ray", "safetensors")
 
 
 def isolated(work: Callable[..., Any], *arguments: Any) -> Any:
