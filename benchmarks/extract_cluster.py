@@ -1,0 +1,77 @@
+"""The price of distribution: Ray stages that write to disk, against one engine with the same threads that doesn't."""
+
+import shutil
+import time
+from collections import deque
+from contextlib import ExitStack
+from pathlib import Path
+
+import ray
+import torch
+from machine import isolated
+
+from personaspace.cluster.config import ClusterConfig
+from personaspace.cluster.extraction import Extraction, check_stages, load_window
+from personaspace.cluster.generation import generate
+from personaspace.cluster.job import Job, prepare
+from personaspace.cluster.session import hold_run, ray_cluster, share
+from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig
+from personaspace.extract.slicing import load_slice
+from personaspace.extract.stage import Stage
+from personaspace.store.config import StoreConfig
+
+STAGES = 2
+TOKEN_BUDGET = 512
+"""Small, so that few rollouts make many micro-batches."""
+
+
+def measure_cluster(model: str, responses: Path, folder: Path, pairs: int) -> dict[str, list[float]]:
+    """Seconds of each pair's two runs over the same micro-batches, model loading and start-up left out."""
+    figures: dict[str, list[float]] = {"ray": [], "engine": [], "micro_batches": []}
+    cluster = ClusterConfig(stages=STAGES)
+    for pair in range(pairs):
+        shutil.rmtree(folder, ignore_errors=True)
+        job = prepare(
+            model=ModelConfig(id=model),
+            personas=PersonasConfig(),
+            generate=GenerateConfig(responses=str(responses)),
+            extract=ExtractConfig(micro_batch_tokens=TOKEN_BUDGET),
+            store=StoreConfig(root=str(folder), run="run"),
+            execution={},
+        )
+        order = ("ray", "engine") if pair % 2 else ("engine", "ray")
+        with ExitStack() as stack:
+            fence = stack.enter_context(hold_run(job, say=print))
+            stack.enter_context(ray_cluster(cluster))
+            generate(job, fence, cluster, lambda _: None)
+            figures["micro_batches"].append(
+                sum(len(load_window(job, w, job.manifest.arrays).batches) for w in job.windows)
+            )
+            for name in order:
+                if name == "engine":
+                    figures[name].append(isolated(_engine, job, STAGES))
+                    continue
+                workers = share(cluster, STAGES)
+                extraction = Extraction(
+                    job, fence, cluster, workers, check_stages(job, cluster), deque(job.windows), 1, lambda _: None
+                )
+                ray.get([actor.__ray_ready__.remote() for replica in extraction.replicas for actor in replica])
+                start = time.perf_counter()
+                extraction.run()
+                figures[name].append(time.perf_counter() - start)
+    shutil.rmtree(folder, ignore_errors=True)
+    return figures
+
+
+def _engine(job: Job, threads: int) -> float:
+    """One stage in a process of its own, over the job's micro-batches; writes nothing."""
+    torch.set_num_threads(threads)
+    checkpoint = job.checkpoint
+    stage = Stage(load_slice(checkpoint, first=0, stop=checkpoint.layers, dtype=job.model.dtype))
+    windows = [load_window(job, window, job.manifest.arrays) for window in job.windows]
+    stage.forward(*stage.probe((16, 8)))
+    start = time.perf_counter()
+    for window in windows:
+        for batch in window.batches:
+            stage.forward(batch).pooled()
+    return time.perf_counter() - start
