@@ -12,7 +12,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from personaspace.store.errors import InputError
-from personaspace.store.schema import RESID_POST_MEAN, STATUS
+from personaspace.store.schema import STATUS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,9 +55,12 @@ def cell_of_row(run: xr.Dataset, questions: int) -> NDArray[np.intp]:
     return cell_N
 
 
-def lazy_cell_sums(run: xr.Dataset, cell_N: NDArray[np.intp], cells: int) -> list[da.Array]:
-    """For each layer, sums ``(D, C)`` float64 over the rows of each cell, as Dask arrays over the stored shards."""
-    x_NLD = run[RESID_POST_MEAN].data
+def lazy_cell_sums(array: xr.DataArray, cell_N: NDArray[np.intp], cells: int) -> list[da.Array]:
+    """For each layer of an array ``(rollout, layer, hidden)``, sums ``(D, C)`` float64 over the rows of each cell.
+
+    Dask arrays over the stored shards.
+    """
+    x_NLD = array.data
     return [
         flox.groupby_reduce(
             x_NLD[:, layer, :].astype(np.float64).T,

@@ -10,6 +10,8 @@ from annotated_types import Ge
 class AnalysisConfig:
     """What is fitted, and how it is put to the test."""
 
+    array: str = "resid_post_mean"
+    """Array of the run that the space is computed from: site and reduction, such as `resid_post_last_prompt`."""
     target_layer: Annotated[int, Ge(0)] | None = None
     """Layer that the report opens with, 0-based. Default: the middle of the model, as in the paper."""
     components: Annotated[int, Ge(3)] = 10

@@ -19,7 +19,7 @@ from personaspace.store.layout import ranges
 from personaspace.store.manifest import require_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.reader import open_run, stored_layers
-from personaspace.store.schema import RESID_POST_MEAN
+from personaspace.store.schema import ArraySpec
 from personaspace.store.space import save_space
 
 
@@ -37,8 +37,7 @@ def fit(folder: Folder, config: AnalysisConfig) -> xr.Dataset:
 def compute_space(folder: Folder, config: AnalysisConfig) -> xr.Dataset:
     """The Dataset of ``fit``, not stored."""
     manifest = require_manifest(folder)
-    spec = next(spec for spec in manifest.arrays if spec.name == RESID_POST_MEAN)
-    layers = stored_layers(folder, manifest, spec)
+    layers = stored_layers(folder, manifest, fitted_array(config, manifest.arrays))
     target = target_layer(config, layers)
     run = open_run(folder).sel(layer=layers)
     roles: list[Any] = list(manifest.tables["roles"])
@@ -60,11 +59,11 @@ def compute_space(folder: Folder, config: AnalysisConfig) -> xr.Dataset:
         kinds = [roles[index]["kind"] for index in others]
         return space, gather_evidence(space, default_cells, role_cells, kinds, config)
 
-    sums = lazy_cell_sums(run, cell_N, len(roles) * questions)
+    sums = lazy_cell_sums(run[config.array], cell_N, len(roles) * questions)
     fitted = dask.compute(*(dask.delayed(fit_layer)(sum_DC) for sum_DC in sums))
     spaces = align_layers([space for space, _ in fitted])
     rows = usable_rows(run)
-    position_NL, score_NLK = _project(run, spaces)
+    position_NL, score_NLK = _project(run[config.array], spaces)
     arrays = {
         **_space_arrays(spaces),
         "rollout_position": (("rollout", "layer"), position_NL[rows]),
@@ -84,6 +83,7 @@ def compute_space(folder: Folder, config: AnalysisConfig) -> xr.Dataset:
             "rollout_role": ("rollout", run["role"].values[rows]),
         },
         attrs={
+            "array": config.array,
             "target_layer": target,
             "default_count": int(count_R[default].sum()),
             "null_permutations": config.permutations,
@@ -93,6 +93,14 @@ def compute_space(folder: Folder, config: AnalysisConfig) -> xr.Dataset:
             "fitted": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
     )
+
+
+def fitted_array(config: AnalysisConfig, specs: Sequence[ArraySpec]) -> ArraySpec:
+    """The array that is fitted. Raises InputError if the run has none of that name with a row for each rollout."""
+    known = {spec.name: spec for spec in specs if not spec.spans}
+    if config.array not in known:
+        raise InputError(f"analysis.array: {config.array!r}; the run has {', '.join(known) or 'none by rollout'}.")
+    return known[config.array]
 
 
 def target_layer(config: AnalysisConfig, layers: Sequence[int]) -> int:
@@ -126,7 +134,7 @@ def _space_arrays(spaces: list[PersonaSpace]) -> dict[str, tuple[tuple[str, ...]
     }
 
 
-def _project(run: xr.Dataset, spaces: list[PersonaSpace]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _project(x_NLD: xr.DataArray, spaces: list[PersonaSpace]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Positions ``(N, L)`` and scores ``(N, L, K)`` of all rows, in a second pass over the stored shards.
 
     A pass of its own, since within one graph Dask would hold a layer's activations until its axis is known.
@@ -135,8 +143,8 @@ def _project(run: xr.Dataset, spaces: list[PersonaSpace]) -> tuple[NDArray[np.fl
         np.stack([getattr(space, name) for space in spaces]) for name in ("origin_D", "scale_D", "component_KD")
     )
     direction_LPD = np.concatenate([scale_LD[:, None], component_LKD], axis=1)
-    x_NLD = run[RESID_POST_MEAN].astype(np.float64) - xr.DataArray(origin_LD, dims=("layer", "hidden"))
-    projected = xr.dot(x_NLD, xr.DataArray(direction_LPD, dims=("layer", "direction", "hidden")), dim="hidden")
+    centred_NLD = x_NLD.astype(np.float64) - xr.DataArray(origin_LD, dims=("layer", "hidden"))
+    projected = xr.dot(centred_NLD, xr.DataArray(direction_LPD, dims=("layer", "direction", "hidden")), dim="hidden")
     projected_NLP = projected.transpose("rollout", "layer", "direction").values
     return projected_NLP[:, :, 0], projected_NLP[:, :, 1:]
 

@@ -11,9 +11,9 @@ from personaspace.store.catalog import REPORT
 from personaspace.store.manifest import Manifest, require_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.reader import open_run
-from personaspace.store.records import read_records
+from personaspace.store.records import COORDINATES_RECORD, read_records
 from personaspace.store.rollouts import read_rollouts
-from personaspace.store.schema import RESID_POST_MEAN, STATUS
+from personaspace.store.schema import STATUS
 from personaspace.store.space import open_space
 
 
@@ -62,7 +62,7 @@ def _samples(rollouts: pa.Table) -> dict[str, Sample]:
 def _dropped(folder: Folder, rollouts: pa.Table, manifest: Manifest) -> list[DroppedRollout]:
     """Every dropped row with its reason, whether generation or extraction found it."""
     reasons: dict[int, str] = {}
-    for record in read_records(folder, RESID_POST_MEAN).values():
+    for record in read_records(folder, COORDINATES_RECORD).values():
         reasons.update(record.dropped)
     rows = rollouts.filter(pc.is_in(rollouts["row"], value_set=pa.array(sorted(reasons), type=pa.int64())))
     return [
@@ -87,7 +87,7 @@ def _provenance(manifest: Manifest, folder: Folder, space: dict[str, Any]) -> li
         ("Precision of the model", model["dtype"]),
         ("Chat template", f"{model['template_hash']}, system messages {model['system_policy']}"),
         ("Generation", json.dumps(identity["generate"])),
-        ("Pooling", identity["extract"]["pooling"]),
+        ("Array", f"{space['array']}, {identity['extract']['pooling']}"),
         ("Stored precision", f"{identity['store']['precision']} mantissa bits"),
         ("Run", f"{folder.name}, identity {manifest.identity_hash}"),
         ("Conversations", f"{manifest.layout.rows}, plan {' '.join(stored.sha256[:12] for stored in manifest.plan)}"),

@@ -60,7 +60,7 @@ def measure_speed(
     sorted_batches, batches_of_16 = make_batches(rollouts, BUDGET), given_order(rollouts)
     wall: dict[str, list[float]] = {name: [] for name in methods}
     cpu: dict[str, list[float]] = {name: [] for name in methods}
-    for name, run in methods.items():
+    for run in methods.values():
         run(sorted_batches[-1])
     for _ in range(pairs):
         for name in draw.sample(list(methods), len(methods)):

@@ -11,7 +11,7 @@ from personaspace.extract.chat import ChatFormat
 from personaspace.extract.checkpoint import Checkpoint, resolve
 from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig
 from personaspace.extract.growth import Change, StoredPlan, continue_plan
-from personaspace.extract.packing import windows
+from personaspace.extract.packing import chooses_packed, windows
 from personaspace.extract.personas import (
     PersonaPlan,
     PlannedRollout,
@@ -60,7 +60,7 @@ class Job:
     @property
     def packed(self) -> bool:
         """How micro-batches are formed."""
-        return _packed(self.model, self.extract)
+        return chooses_packed(self.extract.packing, self.model.attention)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -147,7 +147,7 @@ def prepare(
         "generate": _generation(generate),
         "extract": {
             "pooling": "sums in float32",
-            "packed": _packed(model, extract),
+            "packed": chooses_packed(extract.packing, model.attention),
             "micro_batch_tokens": extract.micro_batch_tokens,
             "window_rows": extract.window_rows,
             "generate_batch_rows": generate.batch_rows,
@@ -243,11 +243,6 @@ def _layout(plan: PersonaPlan, checkpoint: Checkpoint, store: StoreConfig, exist
         unit_rows=store.unit_rows or (existing.unit_rows if existing else choose_unit_rows(plan.rows_per_role())),
         layer_group=store.layer_group or (existing.layer_group if existing else choose_layer_group(checkpoint.layers)),
     )
-
-
-def _packed(model: ModelConfig, extract: ExtractConfig) -> bool:
-    """Flash attention takes packed rollouts as they are; other kernels would waste time on what is masked."""
-    return extract.packing == "packed" or (extract.packing == "auto" and model.attention.startswith("flash"))
 
 
 def _arrays(

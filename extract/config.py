@@ -7,6 +7,7 @@ from annotated_types import Ge, Gt, Le
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
+Packing = Literal["auto", "padded", "packed"]
 Site = Literal["resid_post", "resid_pre", "attn_out", "mlp_out"]
 
 
@@ -88,7 +89,7 @@ class ExtractConfig:
     layers: tuple[int, ...] | None = None
     """Layers to store, 0-based, with all others of their layer groups. Default: all. A run may grow by layers."""
 
-    packing: Literal["auto", "padded", "packed"] = "auto"
+    packing: Packing = "auto"
     """`padded`: rollouts of like length side by side. `packed`: one after another without padding, each seeing only
     itself; refused where the model doesn't keep them apart. `auto`: packed with flash attention, else padded."""
     micro_batch_tokens: Annotated[int, Ge(16)] = 8192

@@ -11,7 +11,7 @@ activations["resid_post_mean"]  # (rollout, layer, hidden)
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +22,8 @@ from rich.progress import track
 from personaspace.extract.chat import ChatFormat, Message
 from personaspace.extract.checkpoint import resolve
 from personaspace.extract.collect import NON_FINITE
-from personaspace.extract.config import ModelConfig, Site
-from personaspace.extract.packing import MicroBatch, form_batches
+from personaspace.extract.config import ModelConfig, Packing, Site
+from personaspace.extract.packing import MicroBatch, chooses_packed, form_batches
 from personaspace.extract.reductions import Readout, plan_arrays
 from personaspace.extract.rollouts import why_dropped
 from personaspace.extract.selfcheck import check_stage
@@ -65,7 +65,7 @@ class Extractor:
         reductions: Sequence[str] = ("mean",),
         layers: Sequence[int] | None = None,
         hooks: Sequence[LayerHook] = (),
-        packing: Literal["auto", "padded", "packed"] = "auto",
+        packing: Packing = "auto",
         micro_batch_tokens: int = 8192,
         progress: bool = False,
     ) -> xr.Dataset:
@@ -85,7 +85,7 @@ class Extractor:
             raise InputError(f"layers: {layers}; give some of the layers 0 to {self._checkpoint.layers - 1}.")
         specs = plan_arrays(sites, reductions, chosen)
         readout = Readout.of_arrays(specs)
-        packed = packing == "packed" or (packing == "auto" and self._config.attention.startswith("flash"))
+        packed = chooses_packed(packing, self._config.attention)
         found, dropped = self._tokenize(conversations)
         self._check(packed)
         batches = self._batches(found, readout, micro_batch_tokens, packed)

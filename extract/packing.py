@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
+from personaspace.extract.config import Attention, Packing
+
 Segment = tuple[int, int]
 """Tokens ``[start, stop)`` of one rollout whose states are summed."""
 WASTE = 0.03
@@ -64,6 +66,11 @@ class MicroBatch:
             token_ids=self.token_ids[first:stop],
             segments=self.segments[first:stop],
         )
+
+
+def chooses_packed(packing: Packing, attention: Attention) -> bool:
+    """How micro-batches are formed. Flash attention takes packed rollouts as they are; others waste time on masks."""
+    return packing == "packed" or (packing == "auto" and attention.startswith("flash"))
 
 
 def token_hash(token_ids: Sequence[int]) -> str:

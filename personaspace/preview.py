@@ -105,7 +105,8 @@ def _print(
             legend.append(f" {name} ", style=shade).append(" ")
         legend.append("not averaged", style="dim")
     console.print(legend)
-    console.print(f"arrays: {', '.join(spec.path for spec in arrays)}; chat template {chat.template_hash}")
+    names = ", ".join(spec.path for spec in arrays)
+    console.print(f"arrays: {names}; chat template {chat.template_hash}", soft_wrap=True)
     readout = Readout.of_arrays(arrays)
     for rollout, question in shown:
         console.print(_panel(rollout, question, readout, chat, marked=console.color_system is None))

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 from transformers.utils import logging as transformers_logging
 
-from personaspace.analysis.fit import fit, target_layer
+from personaspace.analysis.fit import fit, fitted_array, target_layer
 from personaspace.analysis.publish import publish_report
 from personaspace.cluster.droplimit import DropLimit
 from personaspace.cluster.extraction import check_stages, extract
@@ -27,6 +27,10 @@ def carry_out(config: RunConfig, steps: Sequence[str]) -> None:
     """Do some of `generate`, `extract`, `fit` and `report`, in this order; each continues from what is committed."""
     with orderly_end():
         job = _prepare(config)
+        if "fit" in steps:
+            spec = fitted_array(config.analysis, job.manifest.arrays)
+            layers = [layer for group in spec.wanted_groups(job.layout) for layer in job.layout.group_layers(group)]
+            target_layer(config.analysis, layers)
         print(f"run {job.folder.url}  (identity {job.manifest.identity_hash}, {job.layout.rows} rollouts)", flush=True)
         if {"generate", "extract"} & set(steps):
             with ExitStack() as stack:
@@ -110,5 +114,4 @@ def _prepare(config: RunConfig, *, keep: bool = False) -> Job:
         keep=keep,
     )
     check_stages(job, config.cluster)
-    target_layer(config.analysis, range(job.layout.layers))
     return job
