@@ -11,10 +11,11 @@ import torch
 from machine import isolated
 
 from personaspace.cluster.config import ClusterConfig
-from personaspace.cluster.extraction import Extraction, check_stages, load_window
+from personaspace.cluster.extraction import Extraction, check_stages
 from personaspace.cluster.generation import generate
 from personaspace.cluster.job import Job, prepare
 from personaspace.cluster.session import hold_run, ray_cluster, share
+from personaspace.cluster.window import load_window
 from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig
 from personaspace.extract.slicing import load_slice
 from personaspace.extract.stage import Stage

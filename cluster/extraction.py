@@ -2,60 +2,33 @@
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import ray
 
+from personaspace.cluster.adoption import adopt_orphans
 from personaspace.cluster.config import ClusterConfig
 from personaspace.cluster.coordinates import commit_coordinates
 from personaspace.cluster.events import Committed, Note, Progressed, Report, StepFinished, StepStarted
 from personaspace.cluster.generation import missing_units
-from personaspace.cluster.generators import dropped_rows
 from personaspace.cluster.job import Job
 from personaspace.cluster.schedule import ReplicaSchedule, WindowPlan
 from personaspace.cluster.session import Workers, share
-from personaspace.cluster.stages import StageActor, StageSpec, UnitShards, inspect_shard
+from personaspace.cluster.stages import StageActor, StageSpec, UnitShards
 from personaspace.cluster.waiting import next_finished, result
+from personaspace.cluster.window import WindowWork, load_window
 from personaspace.extract.collect import Expected
 from personaspace.extract.packing import MicroBatch, token_hash
-from personaspace.extract.reductions import Readout
-from personaspace.extract.rollouts import micro_batches
-from personaspace.store.commit import Inspect, adopt
 from personaspace.store.errors import InputError
-from personaspace.store.layout import ZARR_GROUP, shard_key
 from personaspace.store.lease import Fence
 from personaspace.store.records import (
     COORDINATES_RECORD,
-    ROLLOUTS,
     SPAN_COORDINATES_RECORD,
-    read_records,
     read_slots,
 )
-from personaspace.store.rollouts import Span, read_rollouts
-from personaspace.store.schema import ArraySpec
 
 UNCOMMITTED_WINDOWS = 2
 """Windows of a replica that may wait for their writers: bounds the host memory of its stages."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WindowWork:
-    """A window's rollouts as the extraction needs them."""
-
-    units: tuple[int, ...]
-    batches: tuple[MicroBatch, ...]
-    rollout_ids: dict[int, str]
-    tokens: dict[int, int]
-    """Response tokens of each row."""
-    spans: dict[int, tuple[Span, ...]]
-    """Of each row: those that have rows of their own in the arrays of spans."""
-    dropped: dict[int, str]
-    """Rows that were dropped before extraction."""
-    sources: dict[int, str]
-    """Unit -> SHA-256 of its rollouts."""
 
 
 def check_stages(job: Job, cluster: ClusterConfig) -> list[int]:
@@ -84,7 +57,7 @@ def extract(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> N
         raise InputError(
             f"{job.folder.url}: {len(absent)} of {job.layout.units} units have no rollouts; run `generate` first."
         )
-    _adopt_orphans(job, fence)
+    adopt_orphans(job, fence)
     done = job.committed()
     coordinates = read_slots(job.folder, {slot: n for slot, n in done.items() if slot[0] == COORDINATES_RECORD})
     shards = sum(len(spec.wanted_groups(job.layout)) for spec in job.manifest.arrays)
@@ -110,60 +83,6 @@ def extract(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> N
         )
         Extraction(job, fence, cluster, workers, boundaries, deque(unfinished), replicas, report).run()
     report(StepFinished(step="extract"))
-
-
-def load_window(job: Job, units: tuple[int, ...], arrays: Sequence[ArraySpec]) -> WindowWork:
-    """Read the rollouts of a window, and form micro-batches of what ``arrays`` need."""
-    columns = ["row", "rollout_id", "prompt_token_ids", "response_token_ids", "spans", "dropped"]
-    table = read_rollouts(job.folder, units, columns)
-    entries = table.select(["row", "rollout_id", "response_token_ids", "spans", "dropped"]).to_pylist()
-    readout, all_spans = Readout.of_arrays(arrays), Readout.of_arrays(job.manifest.arrays)
-    return WindowWork(
-        units=units,
-        batches=tuple(micro_batches(table, readout, job.extract.micro_batch_tokens, packed=job.packed)),
-        rollout_ids={entry["row"]: entry["rollout_id"] for entry in entries},
-        tokens={entry["row"]: len(entry["response_token_ids"]) for entry in entries},
-        spans={entry["row"]: all_spans.spans([Span(**span) for span in entry["spans"]]) for entry in entries},
-        dropped=dropped_rows(entries),
-        sources={
-            unit: record.objects[0].sha256 for (_, unit, _), record in read_records(job.folder, ROLLOUTS, units).items()
-        },
-    )
-
-
-def _adopt_orphans(job: Job, fence: Fence) -> None:
-    done = job.committed()
-    # One listing an array: an object store would take minutes to be asked for every shard.
-    present = {entry.key for spec in job.manifest.arrays for entry in job.folder.list(f"{ZARR_GROUP}/{spec.path}/c")}
-    specs = {spec.record: spec for spec in job.manifest.arrays}
-    for unit in range(job.layout.units):
-        found = [
-            (specs[array], group)
-            for array, group in job.missing_shards(done, unit)
-            # What is to be made again has lost its record's trust.
-            if (array, unit, group) not in job.redo and shard_key(specs[array].path, unit, group) in present
-        ]
-        if not found:
-            continue
-        # The rollouts' own record knows what was dropped before extraction.
-        rollouts = read_records(job.folder, ROLLOUTS, [unit])[(ROLLOUTS, unit, 0)]
-        for spec, group in found:
-            adopt(
-                fence,
-                (spec.record, unit, group),
-                shard_key(spec.path, unit, group),
-                rows=job.layout.unit_row_range(unit),
-                source=rollouts.objects[0].sha256,
-                inspect=shard_inspection(job, spec, unit, group, rollouts.dropped),
-            )
-
-
-def shard_inspection(job: Job, spec: ArraySpec, unit: int, group: int, dropped: Mapping[int, str]) -> Inspect:
-    """What tells a unit's own shard from any other."""
-    # How many rows of an array of spans a rollout fills is said by the rollout.
-    spans = load_window(job, (unit,), job.manifest.arrays).spans if spec.spans else {}
-    used = {row: len(own) for row, own in spans.items()}
-    return partial(inspect_shard, job.layout, spec, job.manifest.spans_per_rollout, unit, group, dropped, used)
 
 
 class Extraction:

@@ -2,11 +2,13 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from personaspace.cluster.arrays import count_span_places, merge_arrays
+from personaspace.extract.anatomy import check_supported
 from personaspace.extract.chat import ChatFormat
 from personaspace.extract.checkpoint import Checkpoint, resolve
 from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig
@@ -20,9 +22,8 @@ from personaspace.extract.personas import (
     plan_imported,
     plan_personas,
 )
-from personaspace.extract.reductions import plan_arrays
 from personaspace.store.config import StoreConfig
-from personaspace.store.errors import IdentityError, InputError
+from personaspace.store.errors import InputError
 from personaspace.store.formats.role_names import DEFAULT_ROLE
 from personaspace.store.layout import Layout, choose_layer_group, choose_unit_rows, interleave
 from personaspace.store.location import run_folder
@@ -30,7 +31,6 @@ from personaspace.store.manifest import Manifest, check_identity, read_manifest,
 from personaspace.store.objects import Folder
 from personaspace.store.plan import PlannedRow, read_plan
 from personaspace.store.records import Slot, committed_slots
-from personaspace.store.schema import ArraySpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +131,7 @@ def prepare(
     existing = read_manifest(folder)
     refuse_frozen(folder, existing)
     checkpoint = resolve(model)
+    check_supported(checkpoint)
     chat = ChatFormat(checkpoint, model)
     plan = plan_rollouts(personas, generate, checkpoint)
     layout = _layout(plan, checkpoint, store, None if existing is None else existing.layout)
@@ -168,12 +169,12 @@ def prepare(
         added = len(plan.rows) - len(stored.rows)
         layout = existing.layout.grow(added) if added else existing.layout
     rows = {row.row: row for row in plan.rows}
-    arrays = existing.arrays if existing and keep else _arrays(existing, extract, layout, store.grow, folder.url)
+    arrays = existing.arrays if existing and keep else merge_arrays(existing, extract, layout, store.grow, folder.url)
     manifest = Manifest(
         identity=identity,
         layout=layout,
         arrays=arrays,
-        spans_per_rollout=_spans_per_rollout(existing, arrays, plan, folder.url),
+        spans_per_rollout=count_span_places(existing, arrays, plan, folder.url),
         tables={"roles": [asdict(role) for role in plan.roles], "questions": [asdict(q) for q in plan.questions]},
         plan=() if existing is None else existing.plan,
         unit_order=_unit_order(layout, rows),
@@ -243,55 +244,6 @@ def _layout(plan: PersonaPlan, checkpoint: Checkpoint, store: StoreConfig, exist
         unit_rows=store.unit_rows or (existing.unit_rows if existing else choose_unit_rows(plan.rows_per_role())),
         layer_group=store.layer_group or (existing.layer_group if existing else choose_layer_group(checkpoint.layers)),
     )
-
-
-def _arrays(
-    existing: Manifest | None, extract: ExtractConfig, layout: Layout, grow: bool, where: str
-) -> tuple[ArraySpec, ...]:
-    """The run's arrays, with the arrays and layers of the config added."""
-    asked = extract.layers
-    if asked is not None:
-        outside = [layer for layer in asked if not 0 <= layer < layout.layers]
-        if outside or not asked:
-            raise InputError(f"extract.layers: {outside or asked}; give some of the layers 0 to {layout.layers - 1}.")
-    new = plan_arrays(extract.sites, extract.reductions, None if asked is None else tuple(sorted(set(asked))))
-    if existing is None:
-        return new
-    stored = {spec.record: spec for spec in existing.arrays}
-    merged = dict(stored)
-    for spec in new:
-        known = merged.setdefault(spec.record, spec)
-        if known.spans != spec.spans:
-            raise InputError(
-                f"extract.reductions: the spans of this run are the parts {known.spans} of turns, not {spec.spans}; "
-                "use the reductions that the run began with, or another --store.run."
-            )
-        if known.layers is not None:
-            layers = None if spec.layers is None else tuple(sorted({*known.layers, *spec.layers}))
-            merged[spec.record] = replace(known, layers=layers)
-    if merged != stored and not grow:
-        added = [spec.path for record, spec in merged.items() if record not in stored]
-        raise IdentityError(
-            f"{where}: the config asks for more than this run stores "
-            f"({f'the arrays {added}' if added else 'other layers'}). Add --store.grow to extract that, too. Nothing "
-            "was changed."
-        )
-    return tuple(merged.values())
-
-
-def _spans_per_rollout(existing: Manifest | None, arrays: Sequence[ArraySpec], plan: PersonaPlan, where: str) -> int:
-    """Places of each rollout in the arrays of spans; fixed once there are such arrays."""
-    parts = next((spec.spans for spec in arrays if spec.spans), ())
-    turns = max(1 + sum(message["role"] == "assistant" for message in row.messages) for row in plan.rows)
-    needed = turns * len(parts)
-    if existing is None or not existing.spans_per_rollout:
-        return needed
-    if needed > existing.spans_per_rollout:
-        raise InputError(
-            f"{where}: rollouts of up to {turns} assistant turns need {needed} places for spans, and this run has "
-            f"{existing.spans_per_rollout} for each. Use another --store.run for longer conversations."
-        )
-    return existing.spans_per_rollout
 
 
 def _unit_order(layout: Layout, rows: Mapping[int, PlannedRollout]) -> tuple[int, ...]:

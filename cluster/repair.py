@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from personaspace.cluster.extraction import shard_inspection
+from personaspace.cluster.adoption import shard_inspection
 from personaspace.cluster.generators import inspect_rollouts
 from personaspace.cluster.job import Job
 from personaspace.store.commit import Inspect, adopt

@@ -7,6 +7,7 @@ S segments of the micro-batch.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,7 @@ class Stage:
         """
         try:
             return self._forward(batch, received_BTD)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
         finally:
@@ -148,6 +149,7 @@ class Stage:
             received_BTD[row, origin : origin + n] = torch.randn((n, self.model.hidden), generator=draw)
         return batch, received_BTD.to(self.model.dtype)
 
+    @torch.inference_mode()
     def run_decoder(self, batch: MicroBatch, received_BTD: torch.Tensor | None) -> None:
         """One pass of the decoder; hooks see what passes."""
         # Padding to the right needs no mask under causal attention, and without one the fused causal kernels run.
@@ -156,6 +158,9 @@ class Stage:
         if batch.packed:
             positions_T = torch.cat([torch.arange(length) for length in batch.lengths])
             arguments["position_ids"] = to_device(positions_T[None], self.model.device)
+            if self.model.decoder.config._attn_implementation.startswith("flash"):
+                # Else transformers finds the borders by itself, with a host sync in every layer.
+                arguments |= _borders(batch, self.model.device)
         if received_BTD is None:
             ids_BT = torch.zeros(batch.shape, dtype=torch.long)
             for (row, origin), ids in zip(batch.origins, batch.token_ids, strict=True):
@@ -252,6 +257,18 @@ def _changing(hook: LayerHook) -> Callable[..., Any]:
         return changed_BTD if isinstance(output, torch.Tensor) else (changed_BTD, *output[1:])
 
     return change
+
+
+def _borders(batch: MicroBatch, device: torch.device) -> dict[str, Any]:
+    """Where packed rollouts begin and end, as flash attention takes it."""
+    ends = torch.tensor([0, *accumulate(batch.lengths)], dtype=torch.int32)
+    borders, longest = to_device(ends, device), max(batch.lengths)
+    return {
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 def _place(batch: MicroBatch, part: MicroBatch, first: int) -> tuple[slice, slice]:

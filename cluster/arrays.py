@@ -1,0 +1,64 @@
+"""The arrays of a run: those that it has, and those that the config asks for."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from personaspace.extract.config import ExtractConfig
+from personaspace.extract.personas import PersonaPlan
+from personaspace.extract.reductions import plan_arrays
+from personaspace.store.errors import IdentityError, InputError
+from personaspace.store.layout import Layout
+from personaspace.store.manifest import Manifest
+from personaspace.store.schema import ArraySpec
+
+
+def merge_arrays(
+    existing: Manifest | None, extract: ExtractConfig, layout: Layout, grow: bool, where: str
+) -> tuple[ArraySpec, ...]:
+    """The run's arrays, with the arrays and layers of the config added.
+
+    Raises InputError for arrays that can't be or can't be added, IdentityError if they may not (``grow``).
+    """
+    asked = extract.layers
+    if asked is not None:
+        outside = [layer for layer in asked if not 0 <= layer < layout.layers]
+        if outside or not asked:
+            raise InputError(f"extract.layers: {outside or asked}; give some of the layers 0 to {layout.layers - 1}.")
+    new = plan_arrays(extract.sites, extract.reductions, None if asked is None else tuple(sorted(set(asked))))
+    if existing is None:
+        return new
+    stored = {spec.record: spec for spec in existing.arrays}
+    merged = dict(stored)
+    for spec in new:
+        known = merged.setdefault(spec.record, spec)
+        if known.spans != spec.spans:
+            raise InputError(
+                f"extract.reductions: the spans of this run are the parts {known.spans} of turns, not {spec.spans}; "
+                "use the reductions that the run began with, or another --store.run."
+            )
+        if known.layers is not None:
+            layers = None if spec.layers is None else tuple(sorted({*known.layers, *spec.layers}))
+            merged[spec.record] = replace(known, layers=layers)
+    if merged != stored and not grow:
+        added = [spec.path for record, spec in merged.items() if record not in stored]
+        raise IdentityError(
+            f"{where}: the config asks for more than this run stores "
+            f"({f'the arrays {added}' if added else 'other layers'}). Add --store.grow to extract that, too. Nothing "
+            "was changed."
+        )
+    return tuple(merged.values())
+
+
+def count_span_places(existing: Manifest | None, arrays: Sequence[ArraySpec], plan: PersonaPlan, where: str) -> int:
+    """Places of each rollout in the arrays of spans; fixed once there are such arrays."""
+    parts = next((spec.spans for spec in arrays if spec.spans), ())
+    turns = max(1 + sum(message["role"] == "assistant" for message in row.messages) for row in plan.rows)
+    needed = turns * len(parts)
+    if existing is None or not existing.spans_per_rollout:
+        return needed
+    if needed > existing.spans_per_rollout:
+        raise InputError(
+            f"{where}: rollouts of up to {turns} assistant turns need {needed} places for spans, and this run has "
+            f"{existing.spans_per_rollout} for each. Use another --store.run for longer conversations."
+        )
+    return existing.spans_per_rollout

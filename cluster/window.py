@@ -1,0 +1,49 @@
+"""A window's rollouts as the extraction needs them, read from the store."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from personaspace.cluster.generators import dropped_rows
+from personaspace.cluster.job import Job
+from personaspace.extract.packing import MicroBatch
+from personaspace.extract.reductions import Readout
+from personaspace.extract.rollouts import micro_batches
+from personaspace.store.records import ROLLOUTS, read_records
+from personaspace.store.rollouts import Span, read_rollouts
+from personaspace.store.schema import ArraySpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WindowWork:
+    """A window's rollouts as the extraction needs them."""
+
+    units: tuple[int, ...]
+    batches: tuple[MicroBatch, ...]
+    rollout_ids: dict[int, str]
+    tokens: dict[int, int]
+    """Response tokens of each row."""
+    spans: dict[int, tuple[Span, ...]]
+    """Of each row: those that have rows of their own in the arrays of spans."""
+    dropped: dict[int, str]
+    """Rows that were dropped before extraction."""
+    sources: dict[int, str]
+    """Unit -> SHA-256 of its rollouts."""
+
+
+def load_window(job: Job, units: tuple[int, ...], arrays: Sequence[ArraySpec]) -> WindowWork:
+    """Read the rollouts of a window, and form micro-batches of what ``arrays`` need."""
+    columns = ["row", "rollout_id", "prompt_token_ids", "response_token_ids", "spans", "dropped"]
+    table = read_rollouts(job.folder, units, columns)
+    entries = table.select(["row", "rollout_id", "response_token_ids", "spans", "dropped"]).to_pylist()
+    readout, all_spans = Readout.of_arrays(arrays), Readout.of_arrays(job.manifest.arrays)
+    return WindowWork(
+        units=units,
+        batches=tuple(micro_batches(table, readout, job.extract.micro_batch_tokens, packed=job.packed)),
+        rollout_ids={entry["row"]: entry["rollout_id"] for entry in entries},
+        tokens={entry["row"]: len(entry["response_token_ids"]) for entry in entries},
+        spans={entry["row"]: all_spans.spans([Span(**span) for span in entry["spans"]]) for entry in entries},
+        dropped=dropped_rows(entries),
+        sources={
+            unit: record.objects[0].sha256 for (_, unit, _), record in read_records(job.folder, ROLLOUTS, units).items()
+        },
+    )
