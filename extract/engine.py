@@ -83,6 +83,11 @@ class Extractor:
         chosen = tuple(sorted(set(range(self._checkpoint.layers) if layers is None else layers)))
         if not chosen or not 0 <= chosen[0] <= chosen[-1] < self._checkpoint.layers:
             raise InputError(f"layers: {layers}; give some of the layers 0 to {self._checkpoint.layers - 1}.")
+        for hook in hooks:
+            if not 0 <= hook.layer < self._checkpoint.layers:
+                raise InputError(
+                    f"hooks: layer {hook.layer}; the model has the layers 0 to {self._checkpoint.layers - 1}."
+                )
         specs = plan_arrays(sites, reductions, chosen)
         readout = Readout.of_arrays(specs)
         packed = chooses_packed(packing, self._config.attention)
@@ -143,7 +148,7 @@ class Extractor:
             except UnstableBoundaryError as error:
                 dropped[row] = str(error)
                 continue
-            text = self.chat.decode(conversation.response)
+            text = self.chat.decode(given.response) if isinstance(given, Conversation) else given[-1]["content"]
             reason = why_dropped(conversation, text, self._checkpoint.max_positions)
             if reason is None:
                 found[row] = conversation

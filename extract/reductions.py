@@ -82,6 +82,9 @@ def plan_arrays(
     for name in reductions:
         if name not in ("mean", "last_prompt", *RAGGED) and not _FIRST.fullmatch(name):
             raise InputError(f"extract.reductions: {name!r}; allowed are {ALLOWED}.")
+    for site in sites:
+        if site not in SITES:
+            raise InputError(f"extract.sites: {site!r}; allowed are {', '.join(SITES)}.")
     for key, names in (("sites", sites), ("reductions", reductions)):
         if not names or len(set(names)) < len(names):
             raise InputError(f"extract.{key}: {list(names)}; give at least one, and each once.")

@@ -85,6 +85,8 @@ def why_dropped(conversation: Conversation, response: str, max_positions: int | 
         return "the response is only white space"
     if not conversation.prompt:
         return "no prompt before the response"
+    if not any(span.part == "whole" for span in conversation.spans):
+        return "no span holds a whole assistant turn"
     total = len(conversation.prompt) + len(conversation.response)
     if max_positions is not None and total > max_positions:
         return f"{total} tokens exceed the model's context of {max_positions}"

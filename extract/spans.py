@@ -12,14 +12,12 @@ from itertools import accumulate
 from jinja2 import TemplateError
 
 from personaspace.extract.chat import ChatFormat, Message
-from personaspace.store.errors import PersonaspaceError
+from personaspace.store.errors import InputError, PersonaspaceError
 from personaspace.store.rollouts import Span
 
 ROLES = ("system", "user", "assistant")
 THINK_MARKERS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 """What opens and closes a model's reasoning: of Qwen 3, DeepSeek R1 and others; of Magistral."""
-
-
 _NOT_AS_WRITTEN = "the rendered conversation does not contain the response as written"
 
 
@@ -38,6 +36,21 @@ class Conversation:
     spans: list[Span]
     """Of all assistant turns that hold anything, in order."""
 
+    def __post_init__(self) -> None:
+        total = len(self.prompt) + len(self.response)
+        for span in self.spans:
+            if not 0 <= span.start < span.stop <= total:
+                raise InputError(f"{span} is no range of the conversation's {total} tokens")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Core:
+    """What a turn thinks or says, without the white space around: characters ``[start, stop)`` of its content."""
+
+    think: bool
+    start: int
+    stop: int
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Place:
@@ -51,15 +64,21 @@ class _Place:
 def locate(chat: ChatFormat, messages: Sequence[Message]) -> Conversation:
     """Tokenise a finished conversation, which ends with an assistant turn.
 
-    Raises UnstableBoundaryError where a turn can't be found in the rendered text, or a token straddles its ends.
+    Raises UnstableBoundaryError where a turn can't be found in the rendered text, a token straddles its ends, or the
+    prompt is another one than the response was given to.
     """
     check_roles(messages)
+    if not messages or messages[-1]["role"] != "assistant":
+        raise UnstableBoundaryError("the conversation does not end with an assistant turn")
     *before, last = messages
     if not last["content"].strip():
         # Templates differ in what they make of nothing, and nothing is averaged anyway.
-        return Conversation(prompt=chat.encode_prompt(before), response=[], spans=[])
-    text, places = _find_turns(chat, messages, add_generation_prompt=False)
+        return Conversation(prompt=chat.encode_text(_render(chat, before, asking=True)), response=[], spans=[])
+    _check_prompt(chat, before, last)
+    text, places = _find_turns(chat, messages, asking=False)
     ids, pieces, wholes = _to_tokens(chat, text, places)
+    if not wholes or wholes[-1][0] < sum(message["role"] == "assistant" for message in before):
+        raise UnstableBoundaryError("the chat template leaves nothing of the response")
     _, start, stop = wholes[-1]
     if ids[:start] != chat.encode_text("".join(pieces[:start])):
         raise UnstableBoundaryError("the prompt's tokens change once the response follows")
@@ -77,7 +96,7 @@ def continue_conversation(
     spans: list[Span] = []
     turns = sum(message["role"] == "assistant" for message in messages)
     if turns:
-        text, places = _find_turns(chat, messages, add_generation_prompt=True)
+        text, places = _find_turns(chat, messages, asking=True)
         _, pieces, wholes = _to_tokens(chat, text, places)
         spans = [span for turn, first, end in wholes for span in _turn_spans(turn, pieces[first:end], first)]
     if response:
@@ -97,9 +116,33 @@ def check_roles(messages: Sequence[Message]) -> None:
             )
 
 
-def _find_turns(
-    chat: ChatFormat, messages: Sequence[Message], *, add_generation_prompt: bool
-) -> tuple[str, list[_Place]]:
+def _render(chat: ChatFormat, messages: Sequence[Message], *, asking: bool) -> str:
+    try:
+        return chat.render(messages, add_generation_prompt=asking)
+    except TemplateError as error:
+        raise UnstableBoundaryError(f"the chat template refuses the conversation: {error}") from error
+
+
+def _check_prompt(chat: ChatFormat, before: Sequence[Message], last: Message) -> None:
+    """Raise if what precedes the last question is another once it is answered (Mistral v3 moves the system prompt)."""
+    if not before or before[-1]["role"] != "user":
+        return
+    mark = f"Asked{_unused_word([*before, last])}"
+    marked = [*before[:-1], {"role": "user", "content": mark}]
+    asked, found, _ = _render(chat, marked, asking=True).partition(mark)
+    told, _, _ = _render(chat, [*marked, last], asking=False).partition(mark)
+    if not found or asked != told:
+        raise UnstableBoundaryError("the chat template renders the prompt differently once a response follows")
+
+
+def _unused_word(messages: Sequence[Message]) -> str:
+    word = "Mark"
+    while any(word in message["content"] for message in messages):
+        word += "k"
+    return word
+
+
+def _find_turns(chat: ChatFormat, messages: Sequence[Message], *, asking: bool) -> tuple[str, list[_Place]]:
     """The rendered conversation, and where the assistant turns that hold anything stand in it.
 
     The same conversation is rendered with marks in place of what the assistant says. What lies between the marks is
@@ -107,78 +150,83 @@ def _find_turns(
     """
     contents = [message["content"] for message in messages if message["role"] == "assistant"]
     cores = [_cores(content) for content in contents]
-    marked = [_mark(turn, *pair) for turn, pair in enumerate(zip(contents, cores, strict=True))]
+    word = _unused_word(messages)
+    marked = [_mark(word, turn, *pair) for turn, pair in enumerate(zip(contents, cores, strict=True))]
 
     def render(contents: Sequence[str]) -> str:
         said = iter(contents)
         filled = [{**m, "content": next(said)} if m["role"] == "assistant" else m for m in messages]
-        try:
-            return chat.render(filled, add_generation_prompt=add_generation_prompt)
-        except TemplateError as error:
-            raise UnstableBoundaryError(f"the chat template refuses the conversation: {error}") from error
+        return _render(chat, filled, asking=asking)
 
     text, frame, trimmed = render(contents), render(marked), render([content.strip() for content in marked])
-    frame_parts, frame_names = _split(frame)
-    trimmed_parts, trimmed_names = _split(trimmed)
+    frame_parts, frame_names = _split(word, frame)
+    trimmed_parts, trimmed_names = _split(word, trimmed)
     places: list[_Place] = []
     position = len(frame_parts[0])
-    if frame_names != trimmed_names or not text.startswith(frame_parts[0]):
+    if len(set(frame_names)) < len(frame_names) or frame_names != trimmed_names or not text.startswith(frame_parts[0]):
         raise UnstableBoundaryError(_NOT_AS_WRITTEN)
     for number, (turn, piece) in enumerate(frame_names):
-        start, stop = cores[turn][piece]
+        core = cores[turn][piece]
         before, after = frame_parts[number : number + 2]
-        if not text.startswith(contents[turn][start:stop] + after, position):
+        if not text.startswith(contents[turn][core.start : core.stop] + after, position):
             raise UnstableBoundaryError(_NOT_AS_WRITTEN)
-        end = position + stop - start
+        end = position + core.stop - core.start
         if not places or places[-1].turn != turn:
             # White space before the text counts if it is the response's own; reasoning begins with its marker.
-            ahead = _kept(before[::-1], trimmed_parts[number][::-1])
-            if piece + 1 < len(cores[turn]):
-                ahead = _from_marker(before)
+            ahead = (core.think and _opening(before)) or _kept(before[::-1], trimmed_parts[number][::-1])
             places.append(_Place(turn=turn, start=position - ahead, stop=end))
-        places[-1] = replace(places[-1], stop=end + _kept(after, trimmed_parts[number + 1]))
+        behind = (core.think and _closing(after)) or _kept(after, trimmed_parts[number + 1])
+        places[-1] = replace(places[-1], stop=end + behind)
         position = end + len(after)
-    found = {turn for turn, piece in frame_names if piece == len(cores[turn]) - 1}
-    if position != len(text) or found != {turn for turn, own in enumerate(cores) if own}:
+    # Reasoning may be left out by the template, what was said may not.
+    found = {turn for turn, piece in frame_names if not cores[turn][piece].think and piece == len(cores[turn]) - 1}
+    if position != len(text) or found != {turn for turn, own in enumerate(cores) if own and not own[-1].think}:
         raise UnstableBoundaryError(_NOT_AS_WRITTEN)
     return text, places
 
 
-def _cores(content: str) -> list[tuple[int, int]]:
-    """What was thought, if anything, and what was said, without the white space around: characters of the content."""
-    ranges = [(0, len(content))]
+def _cores(content: str) -> list[_Core]:
+    """What was thought, if anything, and what was said before and after."""
+    ranges = [(False, 0, len(content))]
     for opening, closing in THINK_MARKERS:
         if closing in content:
             end = content.index(closing)
             begin = content.find(opening, 0, end)
-            ranges = [(0 if begin < 0 else begin + len(opening), end), (end + len(closing), len(content))]
+            ranges = [(True, 0, end)] if begin < 0 else [(False, 0, begin), (True, begin + len(opening), end)]
+            ranges.append((False, end + len(closing), len(content)))
             break
     cores = []
-    for start, stop in ranges:
+    for think, start, stop in ranges:
         inner = content[start:stop]
         if inner.strip():
             first = start + len(inner) - len(inner.lstrip())
-            cores.append((first, first + len(inner.strip())))
+            cores.append(_Core(think=think, start=first, stop=first + len(inner.strip())))
     return cores
 
 
-def _mark(turn: int, content: str, cores: Sequence[tuple[int, int]]) -> str:
+def _mark(word: str, turn: int, content: str, cores: Sequence[_Core]) -> str:
     """The content with marks in place of its cores."""
-    for piece, (start, stop) in reversed(list(enumerate(cores))):
-        content = f"{content[:start]}Turn{turn}Piece{piece}Mark{content[stop:]}"
+    for piece, core in reversed(list(enumerate(cores))):
+        content = f"{content[: core.start]}Turn{turn}Piece{piece}{word}{content[core.stop :]}"
     return content
 
 
-def _split(frame: str) -> tuple[list[str], list[tuple[int, int]]]:
+def _split(word: str, frame: str) -> tuple[list[str], list[tuple[int, int]]]:
     """What lies between the marks of a text, and (turn, piece) of the marks."""
-    parts = re.split(r"Turn(\d+)Piece(\d+)Mark", frame)
+    parts = re.split(rf"Turn(\d+)Piece(\d+){word}", frame)
     return parts[::3], [(int(turn), int(piece)) for turn, piece in zip(parts[1::3], parts[2::3], strict=True)]
 
 
-def _from_marker(before: str) -> int:
+def _opening(before: str) -> int:
     """Characters of the text's end that open reasoning; 0 if they don't."""
-    starts = [before.rfind(opening) for opening, _ in THINK_MARKERS]
-    return len(before) - max(starts) if max(starts) >= 0 else 0
+    ends = [opening for opening, _ in THINK_MARKERS if before.rstrip().endswith(opening)]
+    return len(before) - before.rindex(ends[0]) if ends else 0
+
+
+def _closing(after: str) -> int:
+    """Characters of the text's beginning that close reasoning; 0 if they don't."""
+    begins = [closing for _, closing in THINK_MARKERS if after.lstrip().startswith(closing)]
+    return after.index(begins[0]) + len(begins[0]) if begins else 0
 
 
 def _kept(text: str, trimmed: str) -> int:

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from personaspace.cli import main
+from personaspace.extract.reductions import ALLOWED
 from tests.models import tiny_checkpoint
 
 TALK = [
@@ -112,8 +113,7 @@ def test_the_page_has_the_same_text_in_colours(tmp_path: Path) -> None:
         (["--role", "poet"], "--role: 'poet' is not in this config. It has default, ghost."),
         (
             ["--extract.reductions", "median"],
-            "extract.reductions: 'median'; allowed are `mean`, `last_prompt`, `first_K` (such as `first_8`), `turns` and "
-            + "`parts`.",
+            f"extract.reductions: 'median'; allowed are {ALLOWED}.",
         ),
     ],
 )

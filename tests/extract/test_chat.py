@@ -39,12 +39,29 @@ def test_date_is_pinned(chat_with: ChatWith) -> None:
     assert "Today is 1 Jan 2030." in later.render([USER], add_generation_prompt=True)
 
 
-def test_template_hash_follows_template_and_date(chat_with: ChatWith) -> None:
+def test_time_that_the_template_asks_for_is_pinned(chat_with: ChatWith) -> None:
+    clock = (
+        "\n  {% if strftime_now is defined %}It is {{ strftime_now('%A, %-d %B %Y, %H:%M; %y-%m-%d') }}.\n{% endif %}"
+    )
+    rendered = chat_with(clock + CHATML, date_string="5 Mar 2024").render([USER], add_generation_prompt=False)
+    # The line break at the beginning is the template's own.
+    assert rendered == ("\nIt is Tuesday, 5 March 2024, 00:00; 24-03-05.\n<|im_start|>user\nWho are you?<|im_end|>\n")
+
+
+def test_date_that_is_none(chat_with: ChatWith) -> None:
+    with pytest.raises(InputError) as error:
+        chat_with(CHATML, date_string="2024-07-26")
+    assert str(error.value) == "model.date_string: '2024-07-26' is no date such as '26 Jul 2024'."
+
+
+def test_template_hash_follows_template_date_and_thinking(chat_with: ChatWith) -> None:
     chats = [
         chat_with(CHATML),
         chat_with(TRIMMING),
         chat_with(NO_SYSTEM),
         chat_with(CHATML, date_string="1 Jan 2030"),
+        chat_with(CHATML, thinking=True),
+        chat_with(CHATML, thinking=False),
         chat_with(CHATML, chat_template="plain"),
     ]
     assert len({chat.template_hash for chat in chats}) == len(chats)
@@ -59,6 +76,15 @@ def test_system_message_is_folded_where_the_template_refuses_it(chat_with: ChatW
         "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert chat.render([USER], add_generation_prompt=False) == "<|im_start|>user\nWho are you?<|im_end|>\n"
+
+
+def test_system_message_is_folded_where_the_template_leaves_it_out(chat_with: ChatWith) -> None:
+    chat = chat_with(
+        CHATML.replace("{{", "{% if message['role'] != 'system' %}{{", 1).replace("}}", "}}{% endif %}", 1)
+    )
+    assert chat.system_policy == "folded"
+    rendered = chat.render([SYSTEM, USER], add_generation_prompt=False)
+    assert rendered == "<|im_start|>user\nBe a ghost.\n\nWho are you?<|im_end|>\n"
 
 
 def test_fold_system_leaves_its_input_alone() -> None:
@@ -98,6 +124,22 @@ def test_file_that_is_no_template(chat_with: ChatWith, tmp_path: Path) -> None:
     file.write_text("{% for message in messages %}")
     with pytest.raises(InputError, match=r"own\.jinja"):
         chat_with(CHATML, chat_template=str(file))
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('no chat') }}", "no chat"),
+        ("{% for tool in None %}{% endfor %}", "TypeError: 'NoneType' object is not iterable"),
+        ("{{ messages[0].content.text.strip() }}", "'str object' has no attribute 'text'"),
+    ],
+)
+def test_template_that_renders_no_conversation(chat_with: ChatWith, tmp_path: Path, template: str, reason: str) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text(template)
+    with pytest.raises(InputError) as error:
+        chat_with(CHATML, chat_template=str(file))
+    assert str(error.value) == f"model.chat_template: {file} cannot render a conversation: {reason}"
 
 
 def test_tokenizer_without_template(chat_with: ChatWith) -> None:
