@@ -116,7 +116,7 @@ def main() -> None:
     parity = parity_mix(checkpoint, config, arguments.responses)
     mixes = {
         "parity": parity[:6] if arguments.quick else parity,
-        "lognormal": lognormal_mix(6 if arguments.quick else 64, draw),
+        "lognormal": lognormal_mix(6 if arguments.quick else 32, draw),
     }
     # Waste is a matter of windows, so the mix is judged by whole ones.
     window = make_batches(lognormal_mix(ExtractConfig().window_rows, draw), ExtractConfig().micro_batch_tokens)

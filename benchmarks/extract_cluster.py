@@ -3,7 +3,6 @@
 import shutil
 import time
 from collections import deque
-from contextlib import ExitStack
 from pathlib import Path
 
 import ray
@@ -20,6 +19,7 @@ from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConf
 from personaspace.extract.slicing import load_slice
 from personaspace.extract.stage import Stage
 from personaspace.store.config import StoreConfig
+from personaspace.store.lease import Fence
 
 STAGES = 2
 TOKEN_BUDGET = 512
@@ -30,38 +30,37 @@ def measure_cluster(model: str, responses: Path, folder: Path, pairs: int) -> di
     """Seconds of each pair's two runs over the same micro-batches, model loading and start-up left out."""
     figures: dict[str, list[float]] = {"ray": [], "engine": [], "micro_batches": []}
     cluster = ClusterConfig(stages=STAGES)
-    for pair in range(pairs):
-        shutil.rmtree(folder, ignore_errors=True)
-        job = prepare(
-            model=ModelConfig(id=model),
-            personas=PersonasConfig(),
-            generate=GenerateConfig(responses=str(responses)),
-            extract=ExtractConfig(micro_batch_tokens=TOKEN_BUDGET),
-            store=StoreConfig(root=str(folder), run="run"),
-            execution={},
-        )
-        order = ("ray", "engine") if pair % 2 else ("engine", "ray")
-        with ExitStack() as stack:
-            fence = stack.enter_context(hold_run(job, say=print))
-            stack.enter_context(ray_cluster(cluster))
-            generate(job, fence, cluster, lambda _: None)
-            figures["micro_batches"].append(
-                sum(len(load_window(job, w, job.manifest.arrays).batches) for w in job.windows)
+    with ray_cluster(cluster):
+        for pair in range(pairs):
+            shutil.rmtree(folder, ignore_errors=True)
+            job = prepare(
+                model=ModelConfig(id=model),
+                personas=PersonasConfig(),
+                generate=GenerateConfig(responses=str(responses)),
+                extract=ExtractConfig(micro_batch_tokens=TOKEN_BUDGET),
+                store=StoreConfig(root=str(folder), run="run"),
+                execution={},
             )
-            for name in order:
-                if name == "engine":
-                    figures[name].append(isolated(_engine, job, STAGES))
-                    continue
-                workers = share(cluster, STAGES)
-                extraction = Extraction(
-                    job, fence, cluster, workers, check_stages(job, cluster), deque(job.windows), 1, lambda _: None
-                )
-                ray.get([actor.__ray_ready__.remote() for replica in extraction.replicas for actor in replica])
-                start = time.perf_counter()
-                extraction.run()
-                figures[name].append(time.perf_counter() - start)
+            with hold_run(job, say=print) as fence:
+                generate(job, fence, cluster, lambda _: None)
+                windows = [load_window(job, window, job.manifest.arrays) for window in job.windows]
+                figures["micro_batches"].append(sum(len(window.batches) for window in windows))
+                for name in ("ray", "engine") if pair % 2 else ("engine", "ray"):
+                    figures[name].append(
+                        isolated(_engine, job, STAGES) if name == "engine" else _stages(job, fence, cluster)
+                    )
     shutil.rmtree(folder, ignore_errors=True)
     return figures
+
+
+def _stages(job: Job, fence: Fence, cluster: ClusterConfig) -> float:
+    """Stage actors, loaded and checked before the clock starts, until all is committed on disk."""
+    boundaries, workers = check_stages(job, cluster), share(cluster, STAGES)
+    extraction = Extraction(job, fence, cluster, workers, boundaries, deque(job.windows), 1, lambda _: None)
+    ray.get([actor.__ray_ready__.remote() for replica in extraction.replicas for actor in replica])
+    start = time.perf_counter()
+    extraction.run()
+    return time.perf_counter() - start
 
 
 def _engine(job: Job, threads: int) -> float:

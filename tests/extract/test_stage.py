@@ -1,142 +1,237 @@
-"""A slice of a model gives what one plain forward pass per rollout gives, for every architecture and every cut."""
+"""A chain of stages gives what one plain forward pass per rollout gives: every family, cut, site and reduction."""
 
-import random
-import re
-import shutil
-from itertools import pairwise
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from torch import nn
 
 from personaspace.extract.anatomy import UnsupportedModelError
-from personaspace.extract.checkpoint import Checkpoint, resolve
-from personaspace.extract.config import Dtype, ModelConfig
+from personaspace.extract.checkpoint import Checkpoint
+from personaspace.extract.config import Site
 from personaspace.extract.packing import MicroBatch
-from personaspace.extract.stage import Stage, load_slice
-from tests.models import FAMILIES, SLIDING_WINDOW, tiny_checkpoint
+from personaspace.extract.selfcheck import check_stage
+from personaspace.extract.slicing import Slice, load_slice
+from personaspace.extract.stage import LayerHook, Stage
+from tests.extract.families import CUTS, LAYERS, SITES, Family, cosine, relative_error, samples_batch
+from tests.extract.others import other_checkpoint
+from tests.models import FAMILIES
 
-LAYERS = 6
-CUTS = [(0, 6), (0, 2, 6), (0, 1, 5, 6)]
-LENGTHS = (40, 9, 31, 12, 23)
-CPU = torch.device("cpu")
+CUT_IDS = ["1-stage", "2-stages", "3-stages"]
+PACKING = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+Record = Callable[[str, object], None]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    folder = tiny_checkpoint(tmp_path_factory.mktemp(request.param), request.param, layers=LAYERS)
-    return resolve(ModelConfig(id=str(folder)))
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return Family.tiny(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def calm_family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return Family.calm(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def record(record_property: Record, family: Family, **figures: float | str) -> None:
+    """For benchmarks/families.py, which makes docs/models.md of it."""
+    decoder = family.load(*CUTS[0]).decoder
+    record_property("family", family.name)
+    record_property("class", type(decoder).__name__)
+    record_property("attention", decoder.config._attn_implementation)
+    record_property("note", family.reading.note)
+    for name, figure in figures.items():
+        record_property(name, figure)
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=CUT_IDS)
+@PACKING
+def test_means_equal_a_plain_forward_pass(
+    family: Family, cut: tuple[int, ...], packed: bool, record_property: Record
+) -> None:
+    if packed and family.reading.unpackable:
+        with Stage(family.load(*CUTS[0])) as stage, pytest.raises(UnsupportedModelError) as refused:
+            check_stage(stage, packed=True)
+        record(record_property, family, packed_refused=family.reading.unpackable, packed_message=str(refused.value))
+        return
+    error = relative_error(family.means(cut, packed=packed), family.truth())
+    record(record_property, family, **{"packed_error" if packed else "padded_error": error})
+    assert error <= 1e-5
+
+
+@pytest.mark.parametrize("cut", CUTS[1:], ids=CUT_IDS[1:])
+@PACKING
+def test_stages_are_bit_identical_to_one(family: Family, cut: tuple[int, ...], packed: bool) -> None:
+    for several, one in zip(family.means(cut, packed=packed), family.means(packed=packed), strict=True):
+        np.testing.assert_array_equal(several, one)
+
+
+@PACKING
+def test_bfloat16(calm_family: Family, packed: bool, record_property: Record) -> None:
+    """Against float32 with the weights that bfloat16 leaves."""
+    if packed and calm_family.reading.unpackable:
+        return
+    one = calm_family.means(packed=packed, dtype="bfloat16")
+    found = cosine(one, calm_family.truth(dtype="bfloat16"))
+    record(record_property, calm_family, bfloat16_cosine=found)
+    assert found >= 0.9999
+    for a, b in zip(calm_family.means(CUTS[2], packed=packed, dtype="bfloat16"), one, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("model_type", "cuts"), [("mamba", CUTS), ("llama4_text", CUTS), ("gptj", CUTS[:1])])
+def test_what_can_be_read_of_others(
+    tmp_path: Path, model_type: str, cuts: tuple[tuple[int, ...], ...], record_property: Record
+) -> None:
+    other = Family(model_type, other_checkpoint(tmp_path, model_type))
+    for packed in [False] if other.reading.unpackable else [False, True]:
+        error = max(relative_error(other.means(cut, packed=packed), other.truth()) for cut in cuts)
+        assert error <= 1e-5
+        record(record_property, other, **{"packed_error" if packed else "padded_error": error})
 
 
 @pytest.fixture(scope="module")
-def batch() -> MicroBatch:
-    draw = random.Random(0)
-    assert max(LENGTHS) > 2 * SLIDING_WINDOW
-    return MicroBatch(
-        rows=tuple(range(len(LENGTHS))),
-        token_ids=tuple(tuple(draw.randrange(3, 400) for _ in range(length)) for length in LENGTHS),
-        spans=tuple((draw.randrange(1, length // 2), length - draw.randrange(3)) for length in LENGTHS),
-    )
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """A llama of this file's own."""
+    return Family.tiny("llama", tmp_path_factory.mktemp("plain"))
 
 
-def run(checkpoint: Checkpoint, cut: tuple[int, ...], batch: MicroBatch, dtype: Dtype) -> NDArray[np.float32]:
-    """Span means ``(B, all layers, D)`` of a chain of stages."""
-    received_BTD, means = None, []
-    for first, stop in pairwise(cut):
-        output = Stage(checkpoint, first=first, stop=stop, dtype=dtype).forward(batch, received_BTD)
-        received_BTD = output.hidden_BTD
-        means.append(output.means_BLD)
-    assert received_BTD is None
-    return np.concatenate(means, axis=1)
+@pytest.fixture
+def model(plain: Family) -> Iterator[Slice]:
+    """The whole llama; no test may leave anything in it."""
+    loaded: Slice = plain.load(0, LAYERS)
+    before = traces(loaded)
+    yield loaded
+    assert traces(loaded) == before
 
 
-def plain_means(checkpoint: Checkpoint, batch: MicroBatch) -> NDArray[np.float64]:
-    """The truth: the unmodified model, one rollout at a time, hooks on its blocks, the mean in float64."""
-    model = AutoModel.from_pretrained(checkpoint.source, dtype=torch.float32).eval()
-    seen: list[torch.Tensor] = []
-    for block in model.h if hasattr(model, "h") else model.layers:
-        block.register_forward_hook(lambda _, __, output: seen.append(output[0] if type(output) is tuple else output))
-    means = []
-    for ids, (start, stop) in zip(batch.token_ids, batch.spans, strict=True):
-        seen.clear()
-        with torch.inference_mode():
-            model(input_ids=torch.tensor([ids]))
-        means.append(np.stack([h_1TD[0, start:stop].double().numpy().mean(0) for h_1TD in seen]))
-    return np.stack(means)
+def traces(model: Slice) -> tuple[list[nn.Module], int]:
+    """What a stage could leave behind: the blocks that are in place, and how many hooks there are."""
+    hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.decoder.modules())
+    return list(model.blocks), hooks
 
 
-def test_means_equal_a_plain_forward_pass(checkpoint: Checkpoint, batch: MicroBatch) -> None:
-    expected_BLD = plain_means(checkpoint, batch)
-    assert expected_BLD.shape == (len(LENGTHS), LAYERS, checkpoint.hidden)
-    single_BLD = run(checkpoint, (0, LAYERS), batch, "float32")
-    error_BL = np.linalg.norm(single_BLD - expected_BLD, axis=2) / np.linalg.norm(expected_BLD, axis=2)
-    assert error_BL.max() <= 1e-5
+def pooled(stage: Stage, batch: MicroBatch) -> list[np.ndarray]:
+    return [rows.means_SD for rows in stage.forward(batch).pooled().values()]
 
 
-@pytest.mark.parametrize("cut", CUTS)
-def test_stages_are_bit_identical_to_one(checkpoint: Checkpoint, batch: MicroBatch, cut: tuple[int, ...]) -> None:
-    single_BLD = run(checkpoint, (0, LAYERS), batch, "float32")
-    np.testing.assert_array_equal(run(checkpoint, cut, batch, "float32"), single_BLD)
+def assert_equal(got: list[np.ndarray], expected: list[np.ndarray]) -> None:
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
-def test_stages_are_bit_identical_to_one_in_bfloat16(llama: Checkpoint, batch: MicroBatch) -> None:
-    single_BLD = run(llama, (0, LAYERS), batch, "bfloat16")
-    assert single_BLD.dtype == np.float32
-    np.testing.assert_array_equal(run(llama, (0, 1, 5, 6), batch, "bfloat16"), single_BLD)
+def steer(layer: int) -> LayerHook:
+    return LayerHook(layer=layer, change=lambda h_BTD: 0.5 * h_BTD + torch.linspace(-1, 1, h_BTD.shape[-1]))
 
 
-def test_a_stage_holds_its_own_blocks_only(checkpoint: Checkpoint) -> None:
-    whole = AutoModel.from_pretrained(checkpoint.source)
-    token_embedding = whole.get_input_embeddings().weight
-    for first, stop in [(0, 2), (2, 5), (5, 6)]:
-        expected = {}
-        for name, parameter in whole.named_parameters():
-            block = re.match(r"(?:layers|h)\.(\d+)\.", name)
-            if first <= int(block[1]) < stop if block else first == 0 or parameter is not token_embedding:
-                expected[name] = parameter.numel()
-        held = dict(load_slice(checkpoint, first=first, stop=stop, dtype="float32", device=CPU).named_parameters())
-        assert {name: parameter.numel() for name, parameter in held.items()} == expected
-        assert not [name for name, parameter in held.items() if parameter.is_meta]
-        assert not [name for name in held if "lm_head" in name or "embed_out" in name]
+@pytest.mark.parametrize("cut", CUTS, ids=CUT_IDS)
+@PACKING
+def test_layer_hooks_change_what_follows(plain: Family, cut: tuple[int, ...], packed: bool) -> None:
+    hooks = (steer(1), steer(3))
+    got = plain.means(cut, packed=packed, hooks=hooks)
+    assert relative_error(got, plain.truth(hooks=hooks)) <= 1e-5
+    change = [np.abs(a - b).max(axis=(0, 2, 3)) for a, b in zip(got, plain.means(packed=packed), strict=True)]
+    assert all(layers[0] == 0 and (layers[1:] > 0.1).all() for layers in change)
 
 
-def test_a_second_batch_is_not_disturbed_by_the_first(llama: Checkpoint, batch: MicroBatch) -> None:
-    stage = Stage(llama, first=0, stop=3, dtype="float32")
-    first = stage.forward(batch)
-    short = MicroBatch(rows=(7,), token_ids=((5, 6, 7),), spans=((1, 3),))
-    assert stage.forward(short).means_BLD.shape == (1, 3, llama.hidden)
-    again = stage.forward(batch)
-    np.testing.assert_array_equal(again.means_BLD, first.means_BLD)
-    assert first.hidden_BTD is not None
-    assert again.hidden_BTD is not None
-    assert torch.equal(again.hidden_BTD, first.hidden_BTD)
+def test_blocks_that_return_tuples(tmp_path: Path) -> None:
+    family = Family("gptj", other_checkpoint(tmp_path, "gptj"))
+    assert relative_error(family.means(), family.truth()) <= 1e-5
+    hooks = (steer(2),)
+    assert relative_error(family.means(hooks=hooks), family.truth(hooks=hooks)) <= 1e-5
 
 
-def damaged(checkpoint: Checkpoint, folder: Path, *, without: str) -> Checkpoint:
-    shutil.copytree(checkpoint.source, folder)
-    tensors = load_file(folder / "model.safetensors")
-    del tensors[without]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return resolve(ModelConfig(id=str(folder)))
+def test_two_hooks_of_a_layer_run_in_their_order(model: Slice) -> None:
+    def saying(what: str) -> LayerHook:
+        def change(h_BTD: torch.Tensor) -> torch.Tensor:
+            said.append(what)
+            return h_BTD
+
+        return LayerHook(layer=2, change=change)
+
+    said: list[str] = []
+    with Stage(model, hooks=[saying("first"), saying("second")]) as stage:
+        stage.forward(samples_batch())
+    assert said == ["first", "second"]
 
 
-def test_missing_weight_is_refused_by_the_stage_that_needs_it(llama: Checkpoint, tmp_path: Path) -> None:
-    broken = damaged(llama, tmp_path / "broken", without="model.layers.3.mlp.down_proj.weight")
-    with pytest.raises(UnsupportedModelError) as error:
-        Stage(broken, first=2, stop=6, dtype="float32")
-    assert str(error.value).startswith(
-        f"{broken.source}: 1 weights of layers 2 to 5 are not in the checkpoint (layers.3.mlp.down_proj.weight"
-    )
-    Stage(broken, first=0, stop=3, dtype="float32")
+@pytest.mark.parametrize("error", [ValueError("no"), KeyError("no"), RuntimeError("no"), KeyboardInterrupt()])
+def test_a_hooks_exception_passes_through_and_the_stage_goes_on(plain: Family, error: BaseException) -> None:
+    def change(h_BTD: torch.Tensor) -> torch.Tensor:
+        if angry:
+            raise error
+        return h_BTD
+
+    with Stage(plain.load(0, LAYERS), sites=SITES, hooks=[LayerHook(layer=3, change=change)]) as stage:
+        angry = True
+        with pytest.raises(type(error)) as raised:
+            stage.forward(samples_batch())
+        assert raised.value is error
+        angry = False
+        assert_equal(pooled(stage, samples_batch()), plain.means())
 
 
-def test_missing_expert_is_refused(tmp_path: Path) -> None:
-    whole = resolve(ModelConfig(id=str(tiny_checkpoint(tmp_path / "mixtral", "mixtral", layers=2))))
-    Stage(whole, first=0, stop=2, dtype="float32")
-    broken = damaged(whole, tmp_path / "broken", without="model.layers.1.block_sparse_moe.experts.2.w1.weight")
+def test_closing_leaves_the_model_as_it_was(plain: Family, model: Slice) -> None:
+    before = traces(model)
+    with Stage(model, stop=3, sites=SITES, hooks=[steer(1)]) as stage:
+        stage.forward(samples_batch())
+        assert traces(model) != before
+    assert traces(model) == before
+    with Stage(model, sites=SITES) as stage:
+        assert_equal(pooled(stage, samples_batch()), plain.means())
+
+
+def test_a_stage_that_cannot_be_made_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    mamba = load_slice(other_checkpoint(tmp_path, "mamba"), first=0, stop=LAYERS, dtype="float32")
+    before = traces(mamba)
     with pytest.raises(UnsupportedModelError):
-        Stage(broken, first=0, stop=2, dtype="float32")
+        Stage(mamba, stop=4, sites=["resid_post", "attn_out"])
+    assert traces(mamba) == before
+
+
+def test_later_blocks_are_not_run(plain: Family, model: Slice) -> None:
+    calls = dict.fromkeys(range(LAYERS), 0)
+
+    def count(layer: int) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            calls[layer] += 1
+
+        return hook
+
+    handles = [block.register_forward_hook(count(layer)) for layer, block in enumerate(model.blocks)]
+    with Stage(model, stop=4) as stage:
+        got = pooled(stage, samples_batch())
+    for handle in handles:
+        handle.remove()
+    assert calls == {0: 1, 1: 1, 2: 1, 3: 1, 4: 0, 5: 0}
+    assert_equal(got, [means[:1, :4] for means in plain.means()])
+
+
+@pytest.mark.parametrize("layers", [(0,), (1, 4), (2, 3, 5)])
+def test_some_layers(plain: Family, model: Slice, layers: tuple[int, ...]) -> None:
+    with Stage(model, sites=SITES, layers=layers) as stage:
+        assert_equal(pooled(stage, samples_batch()), [means[:, layers] for means in plain.means()])
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_sites_together_equal_each_alone(plain: Family, model: Slice, site: Site) -> None:
+    with Stage(model, sites=[site]) as stage:
+        assert_equal(pooled(stage, samples_batch()), [means[[SITES.index(site)]] for means in plain.means()])
+
+
+@pytest.mark.parametrize(("first", "stop"), [(0, 3), (3, 6)])
+def test_a_second_batch_is_not_disturbed_by_the_first(llama: Checkpoint, first: int, stop: int) -> None:
+    with Stage(load_slice(llama, first=first, stop=stop, dtype="float32"), last=False, sites=SITES) as stage:
+        long, received_BTD = stage.probe((30, 7, 19))
+        before = stage.forward(long, received_BTD)
+        expected = [rows.sums_SD.copy() for rows in before.pooled().values()]
+        other = stage.forward(*stage.probe((3,))).pooled()[0].sums_SD
+        again = stage.forward(long, received_BTD)
+    assert other.shape == (len(SITES), 3, 1, llama.hidden)
+    # What a batch gave stays its own, whatever runs after it.
+    assert_equal([rows.sums_SD for rows in before.pooled().values()], expected)
+    assert_equal([rows.sums_SD for rows in again.pooled().values()], expected)
+    assert before.hidden_BTD is not None
+    assert again.hidden_BTD is not None
+    assert torch.equal(again.hidden_BTD, before.hidden_BTD)
