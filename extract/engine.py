@@ -84,10 +84,8 @@ class Extractor:
         if not chosen or not 0 <= chosen[0] <= chosen[-1] < self._checkpoint.layers:
             raise InputError(f"layers: {layers}; give some of the layers 0 to {self._checkpoint.layers - 1}.")
         for hook in hooks:
-            if not 0 <= hook.layer < self._checkpoint.layers:
-                raise InputError(
-                    f"hooks: layer {hook.layer}; the model has the layers 0 to {self._checkpoint.layers - 1}."
-                )
+            if not 0 <= hook.layer <= chosen[-1]:
+                raise InputError(f"hooks: layer {hook.layer}; the layers 0 to {chosen[-1]} are run.")
         specs = plan_arrays(sites, reductions, chosen)
         readout = Readout.of_arrays(specs)
         packed = chooses_packed(packing, self._config.attention)

@@ -138,7 +138,7 @@ def pack_by_length(lengths: Mapping[int, int], token_budget: int) -> list[tuple[
     batches: list[list[int]] = []
     free = 0
     for row in sorted(lengths, key=lambda row: (-lengths[row], row)):
-        if lengths[row] > free:
+        if not batches or lengths[row] > free:
             batches.append([])
             free = token_budget
         batches[-1].append(row)

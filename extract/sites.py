@@ -28,7 +28,7 @@ class Addition:
     scale: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Call:
     """One call of a block's child while it was watched."""
 
@@ -93,8 +93,8 @@ class _Watched:
             for scale in scales:
                 if mlp is not attn and self._adds_up(attn, mlp, scale):
                     return {
-                        "attn_out": Addition(module=attn.module, scale=scale),
-                        "mlp_out": Addition(module=mlp.module, scale=scale),
+                        "attn_out": Addition(module=self._source(attn).module, scale=scale),
+                        "mlp_out": Addition(module=self._source(mlp).module, scale=scale),
                     }
         raise UnsupportedModelError(
             f"{name} (layer {layer}): no module's output, added to the block's input together with that of "
@@ -109,6 +109,13 @@ class _Watched:
             if chain[-1].feeds(later):
                 chain.append(later)
         return chain
+
+    def _source(self, call: _Call) -> _Call:
+        """The call to read: an earlier one that gave these very states, where its module serves more than once."""
+        if sum(other.module is call.module for other in self._calls) == 1:
+            return call
+        same = (other for other in self._calls if other.gave.data_ptr() == call.gave.data_ptr())
+        return next(other for other in same if other.gave.shape == call.gave.shape)
 
     def _adds_up(self, attn: _Call, mlp: _Call, scale: float) -> bool:
         missing = self._left - self._entered - scale * (attn.value + mlp.value)

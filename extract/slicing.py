@@ -23,7 +23,23 @@ class PassThrough(nn.Module):
             self.attention_type = replaced.attention_type
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return hidden_states
+        return hidden_states.as_subclass(_Passed)
+
+
+class _Passed(torch.Tensor):
+    """States from a pass-through, good for a model whose blocks return tensors and for one that takes ``output[0]``.
+
+    No block sees it: the first own one gets the received states, and nothing is read behind the last.
+    """
+
+    # What is computed from it is an ordinary tensor.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self if isinstance(index, int) and index == 0 else super().__getitem__(index)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return repr(self.as_subclass(torch.Tensor))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +97,7 @@ def load_slice(
             output_loading_info=True,
             **checkpoint.loading(),
         )
-    except (RuntimeError, ValueError, ImportError) as error:
+    except (RuntimeError, ValueError, ImportError, AttributeError) as error:
         raise UnsupportedModelError(
             f"{checkpoint.source}: transformers cannot load layers {first} to {stop - 1}: {error}"
         ) from error

@@ -115,13 +115,20 @@ class Stage:
         self.close()
 
     @torch.inference_mode()
-    def forward(self, batch: MicroBatch, received_BTD: torch.Tensor | None = None) -> StageOutput:
+    def forward(
+        self,
+        batch: MicroBatch,
+        received_BTD: torch.Tensor | None = None,
+        *,
+        embedded_BTD: torch.Tensor | None = None,
+    ) -> StageOutput:
         """Run one micro-batch through the stage's blocks; in halves, and those again, where memory runs out.
 
-        ``received_BTD`` is the previous stage's ``hidden_BTD``; the first stage embeds token ids instead.
+        ``received_BTD`` is the previous stage's ``hidden_BTD``; the first stage embeds token ids instead. In the
+        others no block may look at the embeddings; ``embedded_BTD`` stands for them, by default the received states.
         """
         try:
-            return self._forward(batch, received_BTD)
+            return self._forward(batch, received_BTD, embedded_BTD)
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
@@ -132,9 +139,11 @@ class Stage:
             torch.cuda.empty_cache()
         return self._forward_halves(batch, received_BTD)
 
-    def probe(self, lengths: Sequence[int], *, packed: bool = False) -> tuple[MicroBatch, torch.Tensor | None]:
+    def probe(
+        self, lengths: Sequence[int], *, packed: bool = False, seed: int = 0
+    ) -> tuple[MicroBatch, torch.Tensor | None]:
         """A micro-batch of random tokens, and the states that a stage other than the first would receive."""
-        draw = torch.Generator().manual_seed(0)
+        draw = torch.Generator().manual_seed(seed)
         vocabulary = self.model.decoder.config.get_text_config().vocab_size
         batch = MicroBatch(
             rows=tuple(range(len(lengths))),
@@ -150,7 +159,9 @@ class Stage:
         return batch, received_BTD.to(self.model.dtype)
 
     @torch.inference_mode()
-    def run_decoder(self, batch: MicroBatch, received_BTD: torch.Tensor | None) -> None:
+    def run_decoder(
+        self, batch: MicroBatch, received_BTD: torch.Tensor | None, embedded_BTD: torch.Tensor | None = None
+    ) -> None:
         """One pass of the decoder; hooks see what passes."""
         # Padding to the right needs no mask under causal attention, and without one the fused causal kernels run.
         # Packed rollouts are told apart by their positions alone, and only without a mask and a cache.
@@ -168,9 +179,12 @@ class Stage:
             self.model.decoder(input_ids=to_device(ids_BT, self.model.device), **arguments)
         else:
             self._received_BTD = received_BTD.to(self.model.device)
-            self.model.decoder(inputs_embeds=self._received_BTD, **arguments)
+            embedded_BTD = self._received_BTD if embedded_BTD is None else embedded_BTD.to(self.model.device)
+            self.model.decoder(inputs_embeds=embedded_BTD, **arguments)
 
-    def _forward(self, batch: MicroBatch, received_BTD: torch.Tensor | None) -> StageOutput:
+    def _forward(
+        self, batch: MicroBatch, received_BTD: torch.Tensor | None, embedded_BTD: torch.Tensor | None
+    ) -> StageOutput:
         self._sums = SegmentSums(
             batch,
             sites=len(self.sites),
@@ -178,7 +192,7 @@ class Stage:
             hidden=self.model.hidden,
             device=self.model.device,
         )
-        self.run_decoder(batch, received_BTD)
+        self.run_decoder(batch, received_BTD, embedded_BTD)
         copy = HostCopy(self._sums.sums_ZLSD)
         return StageOutput(hidden_BTD=None if self.is_last else self._leaving_BTD, copies=((batch, copy),))
 

@@ -74,7 +74,7 @@ READINGS = {
     "deepseek_v3": Reading(note="latent attention, 4 experts behind 2 dense layers"),
     "granite": Reading(scale=0.4, note="scaled embedding, sublayers times 0.4"),
     "cohere2": Reading(note=f"attention and MLP side by side, window of {SLIDING_WINDOW} in 3 of 4 layers"),
-    "gptj": Reading(blocks="h", attention="attn", note="blocks return tuples; in one stage"),
+    "gptj": Reading(blocks="h", attention="attn", note="blocks return tuples"),
     "mamba": Reading(
         sites=_RESIDUAL, unpackable="its state runs on from one rollout to the next", note="a state-space model"
     ),

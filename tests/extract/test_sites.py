@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -209,3 +210,11 @@ def test_models_whose_sublayers_cannot_be_read(
     record_property("family", model_type)
     record_property("sites_message", str(error.value))
     assert str(error.value) == message
+
+
+def test_one_dropout_module_for_both_sublayers(tmp_path: Path) -> None:
+    model = load_slice(other_checkpoint(tmp_path, "phi"), first=0, stop=6, dtype="float32")
+    with Stage(model, sites=("resid_pre", "attn_out", "mlp_out", "resid_post")) as stage:
+        pre_LSD, attn_LSD, mlp_LSD, post_LSD = stage.forward(stage.probe((9,))[0]).pooled()[0].sums_SD
+    np.testing.assert_allclose(pre_LSD + attn_LSD + mlp_LSD, post_LSD, rtol=1e-4, atol=1e-4)
+    assert not np.allclose(attn_LSD, mlp_LSD)

@@ -80,13 +80,11 @@ def test_bfloat16(calm_family: Family, packed: bool, record_property: Record) ->
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize(("model_type", "cuts"), [("mamba", CUTS), ("llama4_text", CUTS), ("gptj", CUTS[:1])])
-def test_what_can_be_read_of_others(
-    tmp_path: Path, model_type: str, cuts: tuple[tuple[int, ...], ...], record_property: Record
-) -> None:
+@pytest.mark.parametrize("model_type", ["mamba", "llama4_text", "gptj"])
+def test_what_can_be_read_of_others(tmp_path: Path, model_type: str, record_property: Record) -> None:
     other = Family(model_type, other_checkpoint(tmp_path, model_type))
     for packed in [False] if other.reading.unpackable else [False, True]:
-        error = max(relative_error(other.means(cut, packed=packed), other.truth()) for cut in cuts)
+        error = max(relative_error(other.means(cut, packed=packed), other.truth()) for cut in CUTS)
         assert error <= 1e-5
         record(record_property, other, **{"packed_error" if packed else "padded_error": error})
 
