@@ -175,7 +175,7 @@ def test_status_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_status_of_a_damaged_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "run.json").write_text('{"schema_version": 2}')
+    (tmp_path / "run.json").write_text('{"schema_version": 3}')
     assert main(["status", str(tmp_path)]) == 4
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path}/run.json: 21 bytes that don't match their own checksum")

@@ -47,14 +47,14 @@ if os.environ.get("CRASH_AT_RECORD"):
     import personaspace.store.commit as commit
     publish_record, calls = commit._publish_record, 0
 
-    def crash(fence, slot, *args, **kwargs):
+    def crash(fence, record):
         global calls
-        calls += slot[0] == "resid_post_mean"
+        calls += record.array == "resid_post_mean"
         if calls == int(os.environ["CRASH_AT_RECORD"]):
             holder = json.loads((fence.folder.path / "lease.json").read_text())
             os.kill(holder["pid"], signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
-        return publish_record(fence, slot, *args, **kwargs)
+        return publish_record(fence, record)
 
     commit._publish_record = crash
 """

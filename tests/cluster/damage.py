@@ -34,13 +34,14 @@ CONFIG = """
 model: {{id: {model}, dtype: float32}}
 personas: {{only: [pirate, ghost, teacher], prompts: 3, max_questions: 10}}
 generate: {{max_new_tokens: 8, batch_rows: 480}}
-extract: {{micro_batch_tokens: 2048, window_rows: 64}}
+extract: {{micro_batch_tokens: 2048, window_rows: 64, reductions: [mean, turns]}}
 store: {{root: {root}, run: whole, unit_rows: 8, layer_group: 2}}
 analysis: {{permutations: 20}}
 """
 
 CATEGORIES: dict[str, Callable[[str], bool]] = {
     "shard": lambda key: key.startswith("activations.zarr/resid_post_mean/c/"),
+    "shard of spans": lambda key: key.startswith("activations.zarr/spans/resid_post_mean/c/"),
     "coordinate": lambda key: "/c/" in key and key.startswith("activations.zarr/") and "/resid" not in key,
     "zarr.json": lambda key: key.startswith("activations.zarr/") and key.endswith("zarr.json"),
     "record": lambda key: key.startswith("commits/"),

@@ -121,7 +121,7 @@ def test_dropped_rollouts_have_reasons_and_the_run_goes_on(tmp_path: Path, respo
     dropped = {}
     for record in read_records(job.folder, RESID_POST_MEAN).values():
         dropped.update(record.dropped)
-    assert dropped.pop(8) == "empty response"
+    assert dropped.pop(8) == "the response is empty"
     assert set(dropped) == set(range(17)) - {8}
     assert set(dropped.values()) == {"non-finite activations"}
     assert set(open_run(job.folder.path)["status"].values[:17]) == {2}

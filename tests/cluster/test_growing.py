@@ -275,13 +275,13 @@ def test_layers_are_added_and_the_coordinates_say_so(place: Place, own_ray: None
     assert covers == dict.fromkeys((0, 1), (f"{RESID_POST_MEAN}.000",))
 
     message = (
-        "this run stores the layers (0, 1), and the config asks for more. Add --store.grow to extract the others, "
-        "too. Nothing was changed."
+        f"{job.folder.url}: the config asks for more than this run stores (other layers). Add --store.grow to extract "
+        "that, too. Nothing was changed."
     )
     for layers in (None, (0, 4)):
-        with pytest.raises(IdentityError, match=re.escape(message)):
+        with pytest.raises(IdentityError, match=f"^{re.escape(message)}$"):
             imported(place.model, "layers", layers=layers)
-    assert imported(place.model, "layers", layers=(1,)).array.layers == (0, 1)
+    assert [spec.layers for spec in imported(place.model, "layers", layers=(1,)).manifest.arrays] == [(0, 1)]
 
     run_job(imported(place.model, "layers", grow=True), stages=2)
     after = objects(job.folder)
@@ -304,7 +304,7 @@ def test_layers_are_added_and_the_coordinates_say_so(place: Place, own_ray: None
         if key.startswith(f"{ZARR_GROUP}/"):
             assert after[key] == data
     # With all layers there, a config that asks for some goes on as it is.
-    assert imported(place.model, "layers", layers=(0, 1)).array.layers is None
+    assert [spec.layers for spec in imported(place.model, "layers", layers=(0, 1)).manifest.arrays] == [None]
 
 
 def test_layers_that_become_unusable_drop_the_rollout(place: Place, own_ray: None) -> None:

@@ -18,9 +18,9 @@ def show(monkeypatch: pytest.MonkeyPatch, *, terminal: bool, seconds_per_event: 
     with ProgressDisplay(console) as display:
         display.report(StepStarted(step="extract", rows=100, rows_done=20))
         display.report(Note(text="extract: 2 replicas"))
-        for _ in range(8):
+        for number in range(8):
             display.report(Progressed(tokens=500, rows=10))
-            display.report(Committed(rows=10, dropped=1))
+            display.report(Committed(rows=10, dropped={number: "the response is empty"}))
         display.report(StepFinished(step="extract"))
     return output.getvalue()
 

@@ -10,7 +10,7 @@ from personaspace.extract.packing import MicroBatch
 
 
 def plan(window: int, batches: int) -> WindowPlan:
-    batch = MicroBatch(rows=(window,), token_ids=((1, 2),), spans=((0, 2),))
+    batch = MicroBatch(rows=(window,), token_ids=((1, 2),), segments=(((0, 2),),))
     return WindowPlan(window=window, batches=(batch,) * batches)
 
 

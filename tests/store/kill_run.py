@@ -32,7 +32,7 @@ from personaspace.store.schema import RESID_POST_MEAN, decode_shard, encode_shar
 from tests.store import small_runs
 from tests.store.hooks import hooked
 
-EMPTY = "empty response"
+EMPTY = "the response is empty"
 DRIVER = -1
 
 

@@ -136,7 +136,7 @@ def commit_coordinates(
             (COORDINATES_RECORD, unit, 0),
             coordinates(layout, unit, dropped),
             rows=rows,
-            dropped={row: "empty response" for row in rows if row in dropped},
+            dropped={row: "the response is empty" for row in rows if row in dropped},
             generation=generation,
         )
 

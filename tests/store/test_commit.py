@@ -67,7 +67,7 @@ def assert_records_hold(folder: LocalFolder) -> int:
 
 def test_commit_publishes_then_records(fence: Fence) -> None:
     start = time.time()
-    record = commit(fence, SLOT, {KEY: b"data"}, rows=ROWS, dropped={13: "empty response"})
+    record = commit(fence, SLOT, {KEY: b"data"}, rows=ROWS, dropped={13: "the response is empty"})
     assert fence.folder.get(KEY) == b"data"
     assert read_records(fence.folder, "resid_post_mean") == {SLOT: record}
     assert (record.slot, record.rows, record.generation, record.epoch) == (SLOT, (12, 16), 0, 1)
@@ -79,7 +79,7 @@ def test_commit_publishes_then_records(fence: Fence) -> None:
 
 
 def test_dropped_reasons_survive(fence: Fence) -> None:
-    reasons = {12: "empty response", 15: "700 tokens exceed the model's context of 512 ✂"}
+    reasons = {12: "the response is empty", 15: "700 tokens exceed the model's context of 512 ✂"}
     commit(fence, SLOT, {KEY: b"data"}, rows=ROWS, dropped=reasons)
     assert read_records(fence.folder, SLOT[0], [SLOT[1]])[SLOT].dropped == reasons
 

@@ -18,7 +18,7 @@ from personaspace.store.layout import rollouts_key
 from personaspace.store.lease import Fence, acquire
 from personaspace.store.local import LocalFolder
 from personaspace.store.records import ROLLOUTS
-from personaspace.store.rollouts import SCHEMA, Rollout, decode_rollouts, encode_rollouts, read_rollouts
+from personaspace.store.rollouts import SCHEMA, Rollout, Span, decode_rollouts, encode_rollouts, read_rollouts
 
 
 def rollout(row: int, **changes: Any) -> Rollout:
@@ -43,14 +43,16 @@ def rollout(row: int, **changes: Any) -> Rollout:
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-IDS = st.lists(st.integers(0, 2**31 - 1), max_size=5)
+NUMBER = st.integers(0, 2**31 - 1)
+IDS = st.lists(NUMBER, max_size=5)
+PART = st.sampled_from(["whole", "think", "answer"])
 ROLLOUTS_OF_A_UNIT = st.lists(
     st.builds(
         Rollout,
         row=st.integers(0, 2**40),
         rollout_id=TEXT,
         role=TEXT,
-        role_id=st.integers(0, 2**31 - 1),
+        role_id=NUMBER,
         prompt=st.integers(0, 9),
         question=st.integers(0, 999),
         sample=st.integers(0, 9),
@@ -58,6 +60,7 @@ ROLLOUTS_OF_A_UNIT = st.lists(
         response=TEXT,
         prompt_token_ids=IDS,
         response_token_ids=IDS,
+        spans=st.lists(st.builds(Span, turn=NUMBER, part=PART, start=NUMBER, stop=NUMBER), max_size=3),
         finish_reason=st.sampled_from(["stop", "length", "imported"]),
         template_hash=TEXT,
         sampling=TEXT,
@@ -73,15 +76,17 @@ ROLLOUTS_OF_A_UNIT = st.lists(
 def test_round_trip(rollouts: list[Rollout]) -> None:
     table = decode_rollouts(encode_rollouts(rollouts))
     assert table.schema.equals(SCHEMA)
-    assert table.schema.metadata == {b"schema_version": b"1"}
-    assert [Rollout(**entry) for entry in table.to_pylist()] == rollouts
+    assert table.schema.metadata == {b"schema_version": b"2"}
+    assert [
+        Rollout(**{**entry, "spans": [Span(**span) for span in entry["spans"]]}) for entry in table.to_pylist()
+    ] == rollouts
 
 
 def test_same_rollouts_give_the_same_bytes() -> None:
     assert encode_rollouts([rollout(0)]) == encode_rollouts([rollout(0)])
 
 
-GOOD = [rollout(row, dropped="empty response" if row == 2 else None) for row in range(6)]
+GOOD = [rollout(row, dropped="the response is empty" if row == 2 else None) for row in range(6)]
 GOOD_BYTES = encode_rollouts(GOOD)
 COLUMNS = pq.read_metadata(pa.BufferReader(GOOD_BYTES)).row_group(0)
 
