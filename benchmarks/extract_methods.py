@@ -63,13 +63,13 @@ def bare(checkpoint: Checkpoint, dtype: Dtype) -> Callable[[MicroBatch], object]
 
 
 def hidden_states(checkpoint: Checkpoint, dtype: Dtype) -> Callable[[MicroBatch], object]:
-    """The usual way: `output_hidden_states=True`, then means in float32."""
-    model = AutoModel.from_pretrained(checkpoint.source, dtype=getattr(torch, dtype)).eval()
+    """The usual way: the chat model as it is loaded, `output_hidden_states=True`, then means in float32."""
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.source, dtype=getattr(torch, dtype)).eval()
 
     @torch.inference_mode()
     def run(batch: MicroBatch) -> list[torch.Tensor]:
         ids_BT, mask_BT = _padded(batch)
-        states = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, output_hidden_states=True)
+        states = model(input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=True)
         return [
             torch.stack([h_BTD[row, start:stop].float().mean(0) for h_BTD in states.hidden_states[1:]])
             for row, ((start, stop),) in enumerate(batch.segments)
