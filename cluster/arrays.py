@@ -9,6 +9,8 @@ from personaspace.extract.reductions import plan_arrays
 from personaspace.store.errors import IdentityError, InputError
 from personaspace.store.layout import Layout
 from personaspace.store.manifest import Manifest
+from personaspace.store.objects import Folder
+from personaspace.store.rollouts import read_rollouts
 from personaspace.store.schema import ArraySpec
 
 
@@ -29,13 +31,15 @@ def merge_arrays(
         return new
     stored = {spec.record: spec for spec in existing.arrays}
     merged = dict(stored)
+    # All arrays of spans share their coordinates, whatever their site.
+    parts = next((spec.spans for spec in existing.arrays if spec.spans), ())
     for spec in new:
-        known = merged.setdefault(spec.record, spec)
-        if known.spans != spec.spans:
+        if spec.spans and parts and spec.spans != parts:
             raise InputError(
-                f"extract.reductions: the spans of this run are the parts {known.spans} of turns, not {spec.spans}; "
+                f"extract.reductions: the spans of this run are the parts {parts} of turns, not {spec.spans}; "
                 "use the reductions that the run began with, or another --store.run."
             )
+        known = merged.setdefault(spec.record, spec)
         if known.layers is not None:
             layers = None if spec.layers is None else tuple(sorted({*known.layers, *spec.layers}))
             merged[spec.record] = replace(known, layers=layers)
@@ -49,10 +53,15 @@ def merge_arrays(
     return tuple(merged.values())
 
 
-def count_span_places(existing: Manifest | None, arrays: Sequence[ArraySpec], plan: PersonaPlan, where: str) -> int:
+def count_span_places(folder: Folder, existing: Manifest | None, arrays: Sequence[ArraySpec], plan: PersonaPlan) -> int:
     """Places of each rollout in the arrays of spans; fixed once there are such arrays."""
+    where = folder.url
     parts = next((spec.spans for spec in arrays if spec.spans), ())
     turns = max(1 + sum(message["role"] == "assistant" for message in row.messages) for row in plan.rows)
+    if parts and existing is not None and not existing.spans_per_rollout:
+        # The config may lack rollouts that are stored, and those may have more turns.
+        stored = read_rollouts(folder, columns=["spans"])["spans"].to_pylist()
+        turns = max([turns, *(1 + span["turn"] for spans in stored for span in spans)])
     needed = turns * len(parts)
     if existing is None or not existing.spans_per_rollout:
         return needed

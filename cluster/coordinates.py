@@ -36,7 +36,7 @@ def commit_coordinates(
     dropped = {row: reason for record in records.values() for row, reason in record.dropped.items()}
     covers = tuple(sorted(f"{array}.{group:03d}" for array, _, group in records))
     if job.parts:
-        kept = {row: own for row, own in spans.items() if row not in dropped}
+        kept = {row: spans[row] for row in job.layout.unit_row_range(unit) if row not in dropped}
         objects = unit_span_coordinates(job.manifest, unit, kept)
         _commit(job, fence, (SPAN_COORDINATES_RECORD, unit, 0), committed, objects, dropped, covers, source)
     objects = unit_coordinates(job.manifest, unit, job.rows, dropped=dropped, tokens=tokens)

@@ -28,7 +28,8 @@ class DropLimit:
         if not isinstance(event, StepStarted | Committed):
             return
         self._dropped |= event.dropped
-        if len(self._dropped) <= self._share * self._rows:
+        # As a share: 0.29 * 100 is less than 29.
+        if len(self._dropped) / self._rows <= self._share:
             return
         counts = Counter(self._dropped.values()).most_common()
         reasons = "\n".join(f"  {count} x {reason}" for reason, count in counts[:10])

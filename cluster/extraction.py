@@ -14,7 +14,7 @@ from personaspace.cluster.generation import missing_units
 from personaspace.cluster.job import Job
 from personaspace.cluster.schedule import ReplicaSchedule, WindowPlan
 from personaspace.cluster.session import Workers, share
-from personaspace.cluster.stages import StageActor, StageSpec, UnitShards
+from personaspace.cluster.stages import Ran, StageActor, StageSpec, UnitShards
 from personaspace.cluster.waiting import next_finished, result
 from personaspace.cluster.window import WindowWork, load_window
 from personaspace.extract.collect import Expected
@@ -62,14 +62,14 @@ def extract(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> N
     coordinates = read_slots(job.folder, {slot: n for slot, n in done.items() if slot[0] == COORDINATES_RECORD})
     shards = sum(len(spec.wanted_groups(job.layout)) for spec in job.manifest.arrays)
     missing = {unit: found for unit in range(job.layout.units) if (found := job.missing_shards(done, unit))}
+    dropped = {row: why for record in coordinates.values() for row, why in record.dropped.items()}
     for unit in range(job.layout.units):
         record = coordinates.get((COORDINATES_RECORD, unit, 0))
         whole = record is not None and len(record.covers) >= shards
         if unit not in missing and not (whole and (not job.parts or (SPAN_COORDINATES_RECORD, unit, 0) in done)):
             work = load_window(job, (unit,), job.manifest.arrays)
-            commit_coordinates(job, fence, unit, work.tokens, work.spans)
+            dropped |= commit_coordinates(job, fence, unit, work.tokens, work.spans)
     waiting = sum(len(job.layout.unit_row_range(unit)) for unit in missing)
-    dropped = {row: why for record in coordinates.values() for row, why in record.dropped.items()}
     report(StepStarted(step="extract", rows=job.layout.rows, rows_done=job.layout.rows - waiting, dropped=dropped))
     if missing:
         unfinished = [window for window in job.windows if missing.keys() & set(window)]
@@ -124,7 +124,7 @@ class Extraction:
                 done = next_finished([*self._forwards, *self._commits], self._report)
                 answer = result(done)
                 if done in self._forwards:
-                    self._forward_done(*self._forwards.pop(done), parts=answer)
+                    self._forward_done(*self._forwards.pop(done), ran=answer)
                 else:
                     self._commit_done(*self._commits.pop(done))
                 self._submit_due()
@@ -176,18 +176,18 @@ class Extraction:
 
     def _submit(self, index: int, window: int, batch: MicroBatch) -> None:
         rollout_ids = [self._work[window].rollout_ids[row] for row in batch.rows]
-        hidden, answer = None, 1
+        hidden, answer = None, Ran()
         for actor in self.replicas[index]:
             hidden, answer = actor.forward.remote(window, batch, rollout_ids, hidden, answer)
         self._forwards[answer] = (index, window, batch)
 
-    def _forward_done(self, index: int, window: int, batch: MicroBatch, parts: int) -> None:
-        if parts > 1:
+    def _forward_done(self, index: int, window: int, batch: MicroBatch, ran: Ran) -> None:
+        if ran.parts > 1:
             rows, length = batch.shape
             self._report(
                 Note(
-                    text=f"extract: out of memory with {rows} x {length} tokens; ran them in {parts} parts. A smaller "
-                    "extract.micro_batch_tokens avoids this (in a new run)."
+                    text=f"extract: out of memory with {rows} x {length} tokens; ran them in {ran.parts} parts. A "
+                    "smaller extract.micro_batch_tokens avoids this (in a new run)."
                 )
             )
         self._report(Progressed(tokens=batch.tokens, rows=len(batch.rows)))

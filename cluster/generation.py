@@ -22,7 +22,7 @@ from personaspace.store.commit import adopt
 from personaspace.store.errors import InputError
 from personaspace.store.layout import rollouts_key
 from personaspace.store.lease import Fence
-from personaspace.store.records import ROLLOUTS
+from personaspace.store.records import ROLLOUTS, read_slots
 
 
 def missing_units(job: Job) -> set[int]:
@@ -49,7 +49,10 @@ def generate(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> 
         )
     missing = missing_units(job)
     rows_missing = sum(len(job.layout.unit_row_range(unit)) for unit in missing)
-    report(StepStarted(step="generate", rows=job.layout.rows, rows_done=job.layout.rows - rows_missing))
+    stored = {slot: number for slot, number in job.committed().items() if slot[0] == ROLLOUTS}
+    dropped = {row: why for record in read_slots(job.folder, stored).values() for row, why in record.dropped.items()}
+    done = job.layout.rows - rows_missing
+    report(StepStarted(step="generate", rows=job.layout.rows, rows_done=done, dropped=dropped))
     if job.generate.responses is not None:
         chat = ChatFormat(job.checkpoint, job.model)
         for unit in sorted(missing):
@@ -91,7 +94,7 @@ def _sample(job: Job, fence: Fence, cluster: ClusterConfig, missing: set[int], r
 def _unit_plan(job: Job, unit: int, missing: set[int]) -> UnitPlan:
     rows = tuple(job.rows[row] for row in job.layout.unit_row_range(unit))
     roles = tuple(job.plan.roles[row.role_id].id for row in rows)
-    unknown = [row for row, role in zip(rows, roles, strict=True) if not row.messages]
+    unknown = [row for row, role in zip(rows, roles, strict=True) if not row.messages and row.response is None]
     if unknown:
         raise InputError(
             f"personas: {len(unknown)} rollouts of unit {unit} (such as {unknown[0].rollout_id}, role "

@@ -174,7 +174,7 @@ def prepare(
         identity=identity,
         layout=layout,
         arrays=arrays,
-        spans_per_rollout=count_span_places(existing, arrays, plan, folder.url),
+        spans_per_rollout=count_span_places(folder, existing, arrays, plan),
         tables={"roles": [asdict(role) for role in plan.roles], "questions": [asdict(q) for q in plan.questions]},
         plan=() if existing is None else existing.plan,
         unit_order=_unit_order(layout, rows),

@@ -48,10 +48,10 @@ def adopt_whole(job: Job, fence: Fence, found: Verification, say: Callable[[str]
         else:
             try:
                 rollouts = read_records(job.folder, ROLLOUTS, [unit])[(ROLLOUTS, unit, 0)]
+                inspect = shard_inspection(job, specs[array], unit, group, rollouts.dropped)
             except (IntegrityError, KeyError):
                 continue
             key, source = shard_key(specs[array].path, unit, group), rollouts.objects[0].sha256
-            inspect = shard_inspection(job, specs[array], unit, group, rollouts.dropped)
         generation = max(problem.generation for problem in problems) + 1
         if adopt(fence, slot, key, rows=rows, inspect=inspect, source=source, generation=generation) is not None:
             say(f"{key}: whole, and recorded again")

@@ -83,6 +83,8 @@ def ray_cluster(config: ClusterConfig) -> Iterator[None]:
     address = ray_address(config)
     # Ray's own banner and usage note drown the lines that matter.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # What a worker raises is told once, by this process; Ray would tell it again for each result that nobody fetched.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     local: dict[str, Any] = {"include_dashboard": False} if address is None else {}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:

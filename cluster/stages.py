@@ -1,7 +1,7 @@
 """Ray actors that extract: each holds a slice of the layers, pools them, and writes its own layer groups."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from personaspace.extract.slicing import load_slice
 from personaspace.extract.stage import Stage
 from personaspace.store.commit import commit
 from personaspace.store.config import Precision
+from personaspace.store.errors import PersonaspaceError
 from personaspace.store.layout import Layout, shard_key
 from personaspace.store.lease import Fence
 from personaspace.store.schema import ArraySpec, decode_shard, encode_shard
@@ -66,6 +67,16 @@ class UnitShards:
     """Shard -> generation of the record to write, where it is not 0: in a repair."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ran:
+    """How a micro-batch has fared on its way through the stages."""
+
+    parts: int = 1
+    """The most parts in which a stage ran it: more than one where memory ran out."""
+    failed: Mapping[int, str] = field(default_factory=dict)
+    """Row -> reason, for rollouts that a stage could not run; what later stages got of them means nothing."""
+
+
 @ray.remote(concurrency_groups={"store": 1})
 class StageActor:
     """One stage of one replica. `forward` and `commit` run in threads of their own: compute never waits for disk."""
@@ -76,6 +87,16 @@ class StageActor:
         self._name = f"stage of layers {spec.first} to {spec.stop - 1}"
         self._readout = Readout.of_arrays(spec.arrays)
         self._places = {place.spec.record: place for place in self._readout.places(spec.arrays)}
+        self._windows: dict[int, WindowBuffer] = {}
+        # What an actor raises while it is made reaches the driver as text only.
+        self._refusal: PersonaspaceError | None = None
+        try:
+            self._load()
+        except PersonaspaceError as refusal:
+            self._refusal = refusal
+
+    def _load(self) -> None:
+        spec = self._spec
         model = load_slice(
             spec.checkpoint,
             first=spec.first,
@@ -86,7 +107,6 @@ class StageActor:
         )
         self._stage = Stage(model, last=spec.last, sites=self._readout.sites, layers=spec.layers)
         check_stage(self._stage, packed=spec.packed)
-        self._windows: dict[int, WindowBuffer] = {}
 
     @ray.method(num_returns=2)
     def forward(
@@ -95,16 +115,21 @@ class StageActor:
         batch: MicroBatch,
         rollout_ids: Sequence[str],
         received: NDArray[Any] | None,
-        parts: int,
-    ) -> tuple[NDArray[Any] | None, int]:
+        before: Ran,
+    ) -> tuple[NDArray[Any] | None, Ran]:
         """Run one micro-batch; keep what it gives for ``window``. Returns the next stage's states.
 
-        Also returns the most parts in which it ran, here or in an earlier stage (``parts``).
+        Also returns how it has fared so far; ``before`` says that of the earlier stages. Raises the error of a stage
+        that could not be made.
         """
+        if self._refusal is not None:
+            raise self._refusal
         with explain(self._name, rollout_ids):
             output = self._stage.forward(batch, None if received is None else from_wire(received, self._spec.dtype))
-            self._windows.setdefault(window, WindowBuffer()).add(batch, output)
-            return None if output.hidden_BTD is None else to_wire(output.hidden_BTD), max(parts, output.parts)
+            buffer = self._windows.setdefault(window, WindowBuffer())
+            buffer.add(batch, output, split=before.parts > 1, failed=before.failed)
+            ran = Ran(parts=max(before.parts, output.parts), failed={**output.failed, **before.failed})
+            return None if output.hidden_BTD is None else to_wire(output.hidden_BTD), ran
 
     @ray.method(concurrency_group="store")
     def commit(self, window: int, units: Sequence[UnitShards]) -> None:

@@ -1,7 +1,7 @@
 """Read a chat model without a cluster: two answers, their activations, and what a change of the residual stream does.
 
-    python examples/read_activations.py                      # SmolLM2-135M, as `make demo` fetched it
-    python examples/read_activations.py --model Qwen/Qwen3-0.6B
+python examples/read_activations.py                      # SmolLM2-135M, as `make demo` fetched it
+python examples/read_activations.py --model Qwen/Qwen3-0.6B
 """
 
 import argparse

@@ -99,7 +99,7 @@ class ChatFormat:
 
 def fold_system(messages: Sequence[Message]) -> list[Message]:
     """Move a leading system message into the first user turn, separated by an empty line."""
-    if not messages or messages[0]["role"] != "system":
+    if [message["role"] for message in messages[:2]] != ["system", "user"]:
         return list(messages)
     system, user, *rest = messages
     return [{"role": user["role"], "content": f"{system['content']}\n\n{user['content']}"}, *rest]

@@ -5,6 +5,7 @@ Shape suffixes: Z sites, L layers of the stage, S segments of a rollout, D hidde
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,14 +39,26 @@ class WindowBuffer:
         self.split: set[int] = set()
         """Rows of micro-batches that ran in parts."""
 
-    def add(self, batch: MicroBatch, output: StageOutput) -> None:
-        """Take in one micro-batch, without waiting for the device. IntegrityError for a row that is already there."""
+    def add(
+        self,
+        batch: MicroBatch,
+        output: StageOutput,
+        *,
+        split: bool = False,
+        failed: Mapping[int, str] = MappingProxyType({}),
+    ) -> None:
+        """Take in one micro-batch, without waiting for the device.
+
+        ``split``: an earlier stage ran it in parts. ``failed``: row -> why an earlier stage could not run it. Raises
+        IntegrityError for a row that is already there.
+        """
         for row, ids in zip(batch.rows, batch.token_ids, strict=True):
             if row in self._hashes:
                 raise IntegrityError(f"row {row} was extracted twice in one window")
             self._hashes[row] = token_hash(ids)
-        if output.parts > 1:
+        if split or output.parts > 1:
             self.split |= set(batch.rows)
+        self._failed |= {**output.failed, **failed}
         self._arrived.append(output)
 
     def means(self, expected: Mapping[int, Expected]) -> dict[int, NDArray[np.float32] | str]:
@@ -56,7 +69,6 @@ class WindowBuffer:
         while self._arrived:
             output = self._arrived.pop()
             self._pooled |= output.pooled()
-            self._failed |= output.failed
         missing = [row for row in expected if row not in self._hashes]
         if missing:
             raise IntegrityError(f"rows {missing[:5]} of the unit were never extracted")

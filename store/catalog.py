@@ -141,7 +141,7 @@ def describe(summary: RunSummary) -> str:
         f"{len(manifest.tables['questions'])} questions",
         "generated": f"{summary.generated}/{layout.rows} rollouts",
         "extracted": f"{summary.extracted}/{layout.rows} rollouts ({summary.dropped} dropped)",
-        "shards": f"{summary.shards}/{summary.shards_wanted} of {', '.join(s.name for s in manifest.arrays)}, "
+        "shards": f"{summary.shards}/{summary.shards_wanted} of {', '.join(s.path for s in manifest.arrays)}, "
         f"{len(summary.layers)}/{layout.layers} layers complete",
         "precision": f"{manifest.identity['store']['precision']} mantissa bits",
         "size": f"{human_bytes(summary.bytes)} in {summary.objects} objects",

@@ -194,7 +194,7 @@ def _attributes(folder: Folder, manifest: Manifest, committed: dict[Slot, int], 
     }
     for spec in manifest.arrays:
         complete = spec.complete_layers(layout, committed, range(layout.units))
-        attributes[spec.name] = f"{len(complete)} of {layout.layers} layers complete"
+        attributes[spec.path] = f"{len(complete)} of {layout.layers} layers complete"
     return attributes
 
 

@@ -176,7 +176,7 @@ def _open(folder: Folder, judge: str | None) -> xr.Dataset:
 
 
 def _stored_layers(part: RunPart, asked: Sequence[int]) -> list[int]:
-    spec = next((spec for spec in part.manifest.arrays if spec.name == RESID_POST_MEAN), None)
+    spec = next((spec for spec in part.manifest.arrays if spec.path == RESID_POST_MEAN), None)
     if spec is None:
         raise InputError(f"{part.folder.url}: has no array {RESID_POST_MEAN}, which is what can be exported.")
     stored = stored_layers(part.folder, part.manifest, spec)

@@ -10,7 +10,12 @@ from personaspace.store.errors import InputError
 def parse_json(raw: bytes, refusal: str) -> Any:
     """The value of UTF-8 JSON. Raises InputError that begins with ``refusal``, also for a key that is given twice."""
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_without_doubles)
+        text = raw.decode("utf-8")
+        found = json.loads(text, object_pairs_hook=_without_doubles)
+        if "\\ud" in text.lower():
+            # An escape for half of a character, as cutting texts leaves it, is no text: nothing could encode it again.
+            json.dumps(found, ensure_ascii=False).encode("utf-8")
+        return found
     except ValueError as error:
         raise InputError(f"{refusal}: {error}") from error
     except RecursionError as error:
