@@ -123,6 +123,11 @@ def main() -> None:
     window = make_batches(lognormal_mix(ExtractConfig().window_rows, draw), ExtractConfig().micro_batch_tokens)
     figures["padding_waste"] = padding_waste(window)
     print(f"padding in a window of {ExtractConfig().window_rows} lognormal rollouts: {figures['padding_waste']:.1%}")
+
+    def save() -> None:
+        if arguments.json:
+            arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+
     if arguments.only in (None, "speed"):
         methods = {name: method(checkpoint, config.dtype) for name, method in METHODS.items()}
         for name, mix in mixes.items():
@@ -133,6 +138,7 @@ def main() -> None:
         for key in ("ours_over_bare", "reference_over_ours", "hidden_states_over_ours"):
             figures[key] = figures["parity"][key]["median"]
         del methods
+        save()
     if arguments.only in (None, "cluster"):
         found = measure_cluster(arguments.model, arguments.responses, arguments.folder, pairs)
         figures["cluster"] = {**found, "ratio": ratio(found["ray"], found["engine"])}
@@ -141,6 +147,7 @@ def main() -> None:
             f"two Ray stages that write, over one engine ({found['micro_batches'][0]} batches)",
             figures["cluster"]["ratio"],
         )
+        save()
     if arguments.only in (None, "memory"):
         shapes = [(4, 128)] if arguments.quick else [(16, 512), (16, 2048)]
         figures["memory"] = measure_memory(checkpoint, shapes)
@@ -148,8 +155,7 @@ def main() -> None:
             print(f"{shape}: " + ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in found.items()))
         largest = list(figures["memory"].values())[-1]
         figures |= {"extra_peak_bytes": largest["ours"], "extra_peak_bound_bytes": largest["bound"]}
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+        save()
 
 
 def show(name: str, found: dict[str, float]) -> None:

@@ -1,7 +1,8 @@
 """Memory of one micro-batch above the loaded model: the peak of a fresh process."""
 
 import ctypes
-from collections.abc import Mapping
+import statistics
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from personaspace.extract.stage import Stage
 
 CONSTANT = 64_000_000
 """Bytes that the bound grants to everything that doesn't grow: thread stacks, kernels' scratch, the allocator."""
+PROCESSES = 5
+M_MMAP_THRESHOLD = -3
+"""glibc's number of this setting, from malloc.h."""
 METHODS: Mapping[str, Any] = {
     "ours": ours,
     "bare": bare,
@@ -27,11 +31,16 @@ def measure_memory(checkpoint: Checkpoint, shapes: list[tuple[int, int]]) -> dic
     """Shape, such as `16x512` -> bytes at peak above the model, of each method, and the bound for ours."""
     figures = {}
     for rows, length in shapes:
-        measured = {name: isolated(_extra, checkpoint, name, rows, length) for name in METHODS}
-        layer = isolated(_one_layer, checkpoint, rows, length)
+        measured = {name: _typical(_extra, checkpoint, name, rows, length) for name in METHODS}
+        layer = _typical(_one_layer, checkpoint, rows, length)
         sums = rows * checkpoint.layers * checkpoint.hidden * 4
         figures[f"{rows}x{length}"] = {**measured, "one_layer": layer, "sums": sums, "bound": sums + layer + CONSTANT}
     return figures
+
+
+def _typical(measure: Callable[..., int], *arguments: Any) -> int:
+    """Median of several fresh processes: the allocator's luck moves single ones by up to 70 MB."""
+    return statistics.median_low(isolated(measure, *arguments) for _ in range(PROCESSES))
 
 
 def _extra(checkpoint: Checkpoint, name: str, rows: int, length: int) -> int:
@@ -47,9 +56,12 @@ def _one_layer(checkpoint: Checkpoint, rows: int, length: int) -> int:
 
 def _peak_of(run: Any, rows: int, length: int) -> int:
     torch.manual_seed(0)
+    libc = ctypes.CDLL("libc.so.6")
+    # By default glibc keeps freed blocks of up to 32 MB; only what is in use shall count.
+    libc.mallopt(M_MMAP_THRESHOLD, 1_000_000)
     run(_batch(2, 16))
     # What loading has freed is still the process's; the micro-batch must not hide in it.
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    libc.malloc_trim(0)
     before = reset_peak()
     kept = run(_batch(rows, length))
     taken = peak() - before

@@ -5,11 +5,12 @@ from functools import partial
 
 from personaspace.cluster.job import Job
 from personaspace.cluster.stages import inspect_shard
-from personaspace.cluster.window import load_window
+from personaspace.cluster.window import span_rows
 from personaspace.store.commit import Inspect, adopt
 from personaspace.store.layout import ZARR_GROUP, shard_key
 from personaspace.store.lease import Fence
 from personaspace.store.records import ROLLOUTS, read_records
+from personaspace.store.rollouts import read_rollouts
 from personaspace.store.schema import ArraySpec
 
 
@@ -30,6 +31,7 @@ def adopt_orphans(job: Job, fence: Fence) -> None:
             continue
         # The rollouts' own record knows what was dropped before extraction.
         rollouts = read_records(job.folder, ROLLOUTS, [unit])[(ROLLOUTS, unit, 0)]
+        used = count_spans(job, unit)
         for spec, group in found:
             adopt(
                 fence,
@@ -37,13 +39,19 @@ def adopt_orphans(job: Job, fence: Fence) -> None:
                 shard_key(spec.path, unit, group),
                 rows=job.layout.unit_row_range(unit),
                 source=rollouts.objects[0].sha256,
-                inspect=shard_inspection(job, spec, unit, group, rollouts.dropped),
+                inspect=shard_inspection(job, spec, unit, group, rollouts.dropped, used),
             )
 
 
-def shard_inspection(job: Job, spec: ArraySpec, unit: int, group: int, dropped: Mapping[int, str]) -> Inspect:
-    """What tells a unit's own shard from any other."""
-    # How many rows of an array of spans a rollout fills is said by the rollout.
-    spans = load_window(job, (unit,), job.manifest.arrays).spans if spec.spans else {}
-    used = {row: len(own) for row, own in spans.items()}
+def count_spans(job: Job, unit: int) -> dict[int, int]:
+    """Row -> places that the rollout fills in the arrays of spans; empty for a run without such arrays."""
+    if not job.parts:
+        return {}
+    return {row: len(spans) for row, spans in span_rows(job, read_rollouts(job.folder, [unit])).items()}
+
+
+def shard_inspection(
+    job: Job, spec: ArraySpec, unit: int, group: int, dropped: Mapping[int, str], used: Mapping[int, int]
+) -> Inspect:
+    """What tells a unit's own shard from any other; ``used`` as of `count_spans`."""
     return partial(inspect_shard, job.layout, spec, job.manifest.spans_per_rollout, unit, group, dropped, used)

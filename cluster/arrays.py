@@ -11,7 +11,7 @@ from personaspace.store.layout import Layout
 from personaspace.store.manifest import Manifest
 from personaspace.store.objects import Folder
 from personaspace.store.rollouts import read_rollouts
-from personaspace.store.schema import ArraySpec
+from personaspace.store.schema import ArraySpec, span_parts
 
 
 def merge_arrays(
@@ -32,7 +32,7 @@ def merge_arrays(
     stored = {spec.record: spec for spec in existing.arrays}
     merged = dict(stored)
     # All arrays of spans share their coordinates, whatever their site.
-    parts = next((spec.spans for spec in existing.arrays if spec.spans), ())
+    parts = span_parts(existing.arrays)
     for spec in new:
         if spec.spans and parts and spec.spans != parts:
             raise InputError(
@@ -56,7 +56,7 @@ def merge_arrays(
 def count_span_places(folder: Folder, existing: Manifest | None, arrays: Sequence[ArraySpec], plan: PersonaPlan) -> int:
     """Places of each rollout in the arrays of spans; fixed once there are such arrays."""
     where = folder.url
-    parts = next((spec.spans for spec in arrays if spec.spans), ())
+    parts = span_parts(arrays)
     turns = max(1 + sum(message["role"] == "assistant" for message in row.messages) for row in plan.rows)
     if parts and existing is not None and not existing.spans_per_rollout:
         # The config may lack rollouts that are stored, and those may have more turns.

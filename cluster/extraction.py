@@ -16,16 +16,13 @@ from personaspace.cluster.schedule import ReplicaSchedule, WindowPlan
 from personaspace.cluster.session import Workers, share
 from personaspace.cluster.stages import Ran, StageActor, StageSpec, UnitShards
 from personaspace.cluster.waiting import next_finished, result
-from personaspace.cluster.window import WindowWork, load_window
+from personaspace.cluster.window import WindowWork, load_window, response_tokens, span_rows
 from personaspace.extract.collect import Expected
 from personaspace.extract.packing import MicroBatch, token_hash
 from personaspace.store.errors import InputError
 from personaspace.store.lease import Fence
-from personaspace.store.records import (
-    COORDINATES_RECORD,
-    SPAN_COORDINATES_RECORD,
-    read_slots,
-)
+from personaspace.store.records import COORDINATES_RECORD, SPAN_COORDINATES_RECORD, read_slots
+from personaspace.store.rollouts import read_rollouts
 
 UNCOMMITTED_WINDOWS = 2
 """Windows of a replica that may wait for their writers: bounds the host memory of its stages."""
@@ -67,8 +64,8 @@ def extract(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> N
         record = coordinates.get((COORDINATES_RECORD, unit, 0))
         whole = record is not None and len(record.covers) >= shards
         if unit not in missing and not (whole and (not job.parts or (SPAN_COORDINATES_RECORD, unit, 0) in done)):
-            work = load_window(job, (unit,), job.manifest.arrays)
-            dropped |= commit_coordinates(job, fence, unit, work.tokens, work.spans)
+            rollouts = read_rollouts(job.folder, [unit])
+            dropped |= commit_coordinates(job, fence, unit, response_tokens(rollouts), span_rows(job, rollouts))
     waiting = sum(len(job.layout.unit_row_range(unit)) for unit in missing)
     report(StepStarted(step="extract", rows=job.layout.rows, rows_done=job.layout.rows - waiting, dropped=dropped))
     if missing:
@@ -134,8 +131,7 @@ class Extraction:
 
     def _specs(self, workers: Workers) -> list[StageSpec]:
         job = self._job
-        wanted = {group for spec in self._arrays for group in spec.wanted_groups(job.layout)}
-        layers = [layer for group in sorted(wanted) for layer in job.layout.group_layers(group)]
+        layers = sorted({layer for spec in self._arrays for layer in spec.wanted_layers(job.layout)})
         return [
             StageSpec(
                 checkpoint=job.checkpoint,

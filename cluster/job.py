@@ -31,6 +31,7 @@ from personaspace.store.manifest import Manifest, check_identity, read_manifest,
 from personaspace.store.objects import Folder
 from personaspace.store.plan import PlannedRow, read_plan
 from personaspace.store.records import Slot, committed_slots
+from personaspace.store.schema import span_parts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +66,7 @@ class Job:
     @property
     def parts(self) -> tuple[str, ...]:
         """Parts of assistant turns that get a row each in the arrays of spans."""
-        return next((spec.spans for spec in self.manifest.arrays if spec.spans), ())
+        return span_parts(self.manifest.arrays)
 
     def missing_shards(self, committed: Mapping[Slot, int], unit: int) -> tuple[tuple[str, int], ...]:
         """Shards of a unit that are asked for and have no record: (array's name in records, layer group)."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from personaspace.cluster.adoption import shard_inspection
+from personaspace.cluster.adoption import count_spans, shard_inspection
 from personaspace.cluster.generators import inspect_rollouts
 from personaspace.cluster.job import Job
 from personaspace.store.commit import Inspect, adopt
@@ -48,7 +48,8 @@ def adopt_whole(job: Job, fence: Fence, found: Verification, say: Callable[[str]
         else:
             try:
                 rollouts = read_records(job.folder, ROLLOUTS, [unit])[(ROLLOUTS, unit, 0)]
-                inspect = shard_inspection(job, specs[array], unit, group, rollouts.dropped)
+                used = count_spans(job, unit)
+                inspect = shard_inspection(job, specs[array], unit, group, rollouts.dropped, used)
             except (IntegrityError, KeyError):
                 continue
             key, source = shard_key(specs[array].path, unit, group), rollouts.objects[0].sha256

@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from personaspace.cluster.generators import dropped_rows
 from personaspace.cluster.job import Job
 from personaspace.extract.packing import MicroBatch
 from personaspace.extract.reductions import Readout
 from personaspace.extract.rollouts import micro_batches
 from personaspace.store.records import ROLLOUTS, read_records
-from personaspace.store.rollouts import Span, read_rollouts
+from personaspace.store.rollouts import Span, decode_spans, read_rollouts
 from personaspace.store.schema import ArraySpec
 
 
@@ -34,16 +37,31 @@ def load_window(job: Job, units: tuple[int, ...], arrays: Sequence[ArraySpec]) -
     """Read the rollouts of a window, and form micro-batches of what ``arrays`` need."""
     columns = ["row", "rollout_id", "prompt_token_ids", "response_token_ids", "spans", "dropped"]
     table = read_rollouts(job.folder, units, columns)
-    entries = table.select(["row", "rollout_id", "response_token_ids", "spans", "dropped"]).to_pylist()
-    readout, all_spans = Readout.of_arrays(arrays), Readout.of_arrays(job.manifest.arrays)
+    entries = table.select(["row", "rollout_id", "dropped"]).to_pylist()
+    readout = Readout.of_arrays(arrays)
     return WindowWork(
         units=units,
         batches=tuple(micro_batches(table, readout, job.extract.micro_batch_tokens, packed=job.packed)),
         rollout_ids={entry["row"]: entry["rollout_id"] for entry in entries},
-        tokens={entry["row"]: len(entry["response_token_ids"]) for entry in entries},
-        spans={entry["row"]: all_spans.spans([Span(**span) for span in entry["spans"]]) for entry in entries},
+        tokens=response_tokens(table),
+        spans=span_rows(job, table),
         dropped=dropped_rows(entries),
         sources={
             unit: record.objects[0].sha256 for (_, unit, _), record in read_records(job.folder, ROLLOUTS, units).items()
         },
     )
+
+
+def response_tokens(rollouts: pa.Table) -> dict[int, int]:
+    """Response tokens of each row, from the columns `row` and `response_token_ids`."""
+    lengths = pc.list_value_length(rollouts["response_token_ids"])
+    return dict(zip(rollouts["row"].to_pylist(), lengths.to_pylist(), strict=True))
+
+
+def span_rows(job: Job, rollouts: pa.Table) -> dict[int, tuple[Span, ...]]:
+    """Spans of each row that have rows of their own in the run, from the columns `row` and `spans`."""
+    readout = Readout.of_arrays(job.manifest.arrays)
+    return {
+        entry["row"]: readout.spans(decode_spans(entry["spans"]))
+        for entry in rollouts.select(["row", "spans"]).to_pylist()
+    }

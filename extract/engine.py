@@ -28,8 +28,9 @@ from personaspace.extract.reductions import Readout, plan_arrays
 from personaspace.extract.rollouts import why_dropped
 from personaspace.extract.selfcheck import check_stage
 from personaspace.extract.slicing import load_slice
-from personaspace.extract.spans import Conversation, UnstableBoundaryError, locate
+from personaspace.extract.spans import Conversation, locate
 from personaspace.extract.stage import LayerHook, Stage
+from personaspace.extract.turns import UnstableBoundaryError
 from personaspace.store.errors import InputError
 
 WINDOW_ROWS = 4096

@@ -12,7 +12,7 @@ from personaspace.extract.config import Site
 from personaspace.extract.packing import Segment
 from personaspace.store.errors import InputError
 from personaspace.store.rollouts import Span
-from personaspace.store.schema import ArraySpec
+from personaspace.store.schema import ArraySpec, span_parts
 
 ALLOWED = "`mean`, `last_prompt`, `first_K` (such as `first_8`), `turns` and `parts`"
 RAGGED: Mapping[str, tuple[str, ...]] = {"turns": ("whole",), "parts": ("think", "answer")}
@@ -51,7 +51,7 @@ class Readout:
         return cls(
             sites=tuple(dict.fromkeys(_parse(spec)[0] for spec in specs)),
             reductions=tuple(dict.fromkeys(_parse(spec)[1] for spec in specs if not spec.spans)),
-            parts=next((spec.spans for spec in specs if spec.spans), ()),
+            parts=span_parts(specs),
         )
 
     def places(self, specs: Sequence[ArraySpec]) -> list[ArrayPlace]:

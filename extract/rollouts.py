@@ -13,8 +13,9 @@ from personaspace.extract.generate.transformers_engine import Response
 from personaspace.extract.packing import MicroBatch, Segment, form_batches
 from personaspace.extract.personas import PlannedRollout
 from personaspace.extract.reductions import Readout
-from personaspace.extract.spans import Conversation, UnstableBoundaryError, continue_conversation, locate
-from personaspace.store.rollouts import Rollout, Span
+from personaspace.extract.spans import Conversation, continue_conversation, locate
+from personaspace.extract.turns import UnstableBoundaryError
+from personaspace.store.rollouts import Rollout, decode_spans
 
 AWAITED = "not generated yet"
 
@@ -101,7 +102,7 @@ def micro_batches(rollouts: pa.Table, readout: Readout, token_budget: int, *, pa
     for entry in columns:
         if entry["dropped"] is None:
             tokens[entry["row"]] = (*entry["prompt_token_ids"], *entry["response_token_ids"])
-            segments[entry["row"]] = readout.segments([Span(**span) for span in entry["spans"]])
+            segments[entry["row"]] = readout.segments(decode_spans(entry["spans"]))
     return form_batches(tokens, segments, token_budget, packed=packed)
 
 

@@ -73,14 +73,16 @@ def _influence(stage: Stage, *, packed: bool) -> float:
     """
     batch, received_BTD = stage.probe(_LENGTHS, packed=packed)
     before = _sums(stage, batch, received_BTD)
+    lengths = _LENGTHS if packed else (max(_LENGTHS),) * len(_LENGTHS)
+    others, others_BTD = stage.probe(lengths, packed=packed, seed=1)
     changes = []
     for number, ids in enumerate(batch.token_ids):
-        lengths = _LENGTHS if packed else (max(_LENGTHS),) * len(_LENGTHS)
-        others, states_BTD = stage.probe(lengths, packed=packed, seed=1)
         own = (*ids, *others.token_ids[number][len(ids) :])
         token_ids = (*others.token_ids[:number], own, *others.token_ids[number + 1 :])
         changed = replace(others, token_ids=token_ids, segments=batch.segments)
-        if received_BTD is not None and states_BTD is not None:
+        states_BTD = None
+        if received_BTD is not None and others_BTD is not None:
+            states_BTD = others_BTD.clone()
             row, origin = batch.origins[number]
             place = (row, slice(origin, origin + len(ids)))
             states_BTD[place] = received_BTD[place]

@@ -21,7 +21,7 @@ from personaspace.store.errors import InputError
 from personaspace.store.location import run_folder
 from personaspace.store.manifest import read_manifest
 from personaspace.store.plan import read_plan
-from personaspace.store.rollouts import Rollout, Span, read_rollouts
+from personaspace.store.rollouts import Rollout, read_rollouts, to_rollouts
 from personaspace.store.schema import ArraySpec
 
 HTML_WIDTH = 120
@@ -89,8 +89,7 @@ def _stored(config: RunConfig, ids: set[str]) -> dict[str, Rollout]:
     if manifest is None:
         return {}
     units = {row.row // manifest.layout.unit_rows for row in read_plan(folder, manifest) if row.rollout_id in ids}
-    entries = read_rollouts(folder, sorted(units)).to_pylist()
-    rollouts = [Rollout(**{**entry, "spans": [Span(**span) for span in entry["spans"]]}) for entry in entries]
+    rollouts = to_rollouts(read_rollouts(folder, sorted(units)))
     return {rollout.rollout_id: rollout for rollout in rollouts if rollout.rollout_id in ids}
 
 

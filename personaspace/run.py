@@ -29,8 +29,7 @@ def carry_out(config: RunConfig, steps: Sequence[str]) -> None:
         job = _prepare(config)
         if "fit" in steps:
             spec = fitted_array(config.analysis, job.manifest.arrays)
-            layers = [layer for group in spec.wanted_groups(job.layout) for layer in job.layout.group_layers(group)]
-            target_layer(config.analysis, layers)
+            target_layer(config.analysis, spec.wanted_layers(job.layout))
         print(f"run {job.folder.url}  (identity {job.manifest.identity_hash}, {job.layout.rows} rollouts)", flush=True)
         if {"generate", "extract"} & set(steps):
             with ExitStack() as stack:

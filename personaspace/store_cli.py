@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from personaspace.exchange_cli import add_exchange
+from personaspace.findings import describe_findings
 from personaspace.store.catalog import (
     DamagedRun,
     RunSummary,
@@ -32,11 +33,10 @@ from personaspace.store.location import open_folder
 from personaspace.store.manifest import MANIFEST, read_manifest, refuse_frozen, require_manifest
 from personaspace.store.mend import drop_replaced_records, mend
 from personaspace.store.objects import Folder
-from personaspace.store.plan import read_plan
 from personaspace.store.removal import check_removable, collect_garbage, garbage, remove_lease, remove_run
 from personaspace.store.scores import is_scores
 from personaspace.store.space import SPACE
-from personaspace.store.verify import Verification, verify
+from personaspace.store.verify import verify
 
 EPILOG = """\
 examples:
@@ -152,34 +152,8 @@ def _verify(parsed: argparse.Namespace, _: Sequence[str]) -> int:
     if parsed.json:
         print(json.dumps({**asdict(replace(found, manifest=None)), "rows": found.rows()}, indent=1))  # type: ignore[arg-type]
     else:
-        print(_findings(folder, found))
+        print(describe_findings(folder, found))
     return IntegrityError.exit_code if found.harmful else 0
-
-
-def _findings(folder: Folder, found: Verification) -> str:
-    lines = [f"{problem.kind:9s} {problem.key}: {problem.detail}" for problem in found.problems]
-    lines.append(f"{found.objects} objects, {human_bytes(found.bytes)} checked: {len(found.problems)} problem(s)")
-    if found.writing:
-        lines.append("A driver is writing this run; what it has in hand was not judged.")
-    rows = found.rows()
-    if rows:
-        lines.append(f"They cost {len(rows)} rollout(s): {_who(folder, found, rows)}")
-    if found.harmful:
-        lines.append(f"Next: personaspace store repair {folder.url}")
-    elif found.problems:
-        lines.append(f"No data is lost. Next: personaspace store gc {folder.url}")
-    return "\n".join(lines)
-
-
-def _who(folder: Folder, found: Verification, rows: list[int]) -> str:
-    """Roles and ids of rows, as far as the plan can still be read."""
-    try:
-        plan = {row.row: row for row in read_plan(folder, found.manifest)}
-    except IntegrityError:
-        return f"rows {rows[0]} to {rows[-1]} of the rollout axis"
-    roles = sorted({str(found.manifest.tables["roles"][plan[row].role_id]["id"]) for row in rows})
-    shown = ", ".join(plan[row].rollout_id for row in rows[:5]) + (", ..." if len(rows) > 5 else "")
-    return f"{shown} (roles {', '.join(roles)})"
 
 
 def _repair(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
@@ -189,7 +163,7 @@ def _repair(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
     lost: list[str] = []
     found = verify(folder)
     if found.harmful:
-        print(_findings(folder, found), flush=True)
+        print(describe_findings(folder, found), flush=True)
     for _ in range(REPAIR_ROUNDS):
         if not found.harmful:
             break
@@ -204,7 +178,7 @@ def _repair(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
         if any(problem.key.startswith(f"{SPACE}/") for problem in found.harmful):
             analyse(folder, ["fit", "report"], flags)
         found = verify(folder)
-    print("\n".join([*lost, _findings(folder, found)]))
+    print("\n".join([*lost, describe_findings(folder, found)]))
     return IntegrityError.exit_code if found.harmful else 0
 
 

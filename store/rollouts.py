@@ -1,8 +1,9 @@
 """Rollouts in Parquet: one part per unit, published whole and recorded like any other object."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import pyarrow as pa
 
@@ -82,6 +83,16 @@ class Rollout:
     seed: int
     dropped: str | None = None
     """Why the rollout can't be used (nothing to average, for example), or None."""
+
+
+def decode_spans(entries: Iterable[Mapping[str, Any]]) -> list[Span]:
+    """Spans of one rollout, as the column `spans` holds them."""
+    return [Span(**entry) for entry in entries]
+
+
+def to_rollouts(table: pa.Table) -> list[Rollout]:
+    """Rollouts of a table with all columns."""
+    return [Rollout(**{**entry, "spans": decode_spans(entry["spans"])}) for entry in table.to_pylist()]
 
 
 def encode_rollouts(rollouts: Sequence[Rollout]) -> bytes:

@@ -5,7 +5,7 @@ protocol; shards are encoded to the same bytes directly. So any Zarr v3 reader c
 """
 
 import warnings
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,10 @@ class ArraySpec:
             return range(layout.groups)
         return sorted({layer // layout.layer_group for layer in self.layers})
 
+    def wanted_layers(self, layout: Layout) -> list[int]:
+        """Layers of those groups: a shard is written whole."""
+        return [layer for group in self.wanted_groups(layout) for layer in layout.group_layers(group)]
+
     def complete_layers(self, layout: Layout, committed: Container[Slot], units: Collection[int]) -> list[int]:
         """Wanted layers that all of some units have; none if there are no units."""
         return [
@@ -87,6 +91,11 @@ class ArraySpec:
             if units and all((self.record, unit, group) in committed for unit in units)
             for layer in layout.group_layers(group)
         ]
+
+
+def span_parts(arrays: Iterable[ArraySpec]) -> tuple[str, ...]:
+    """Parts of assistant turns that get a row each; all arrays of spans of a run have the same ones."""
+    return next((spec.spans for spec in arrays if spec.spans), ())
 
 
 def group_objects(

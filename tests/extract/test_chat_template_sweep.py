@@ -12,7 +12,8 @@ from transformers import LlamaConfig
 from personaspace.extract.chat import ChatFormat
 from personaspace.extract.checkpoint import Checkpoint, resolve
 from personaspace.extract.config import ModelConfig
-from personaspace.extract.spans import UnstableBoundaryError, locate
+from personaspace.extract.spans import locate
+from personaspace.extract.turns import UnstableBoundaryError
 from personaspace.store.errors import InputError
 from tests.extract.real_templates import Family, template_file, template_index, tiny_tokenizer
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers.utils import chat_template_utils
 
 from personaspace.extract.chat import ChatFormat, Message
-from personaspace.extract.spans import Conversation, UnstableBoundaryError, continue_conversation, locate
+from personaspace.extract.spans import Conversation, continue_conversation, locate
+from personaspace.extract.turns import UnstableBoundaryError
 from tests.extract.real_templates import FAMILIES, real_chat
 
 ChatOf = Callable[..., ChatFormat]

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from personaspace.extract.chat import ChatFormat, Message
-from personaspace.extract.spans import Conversation, UnstableBoundaryError, continue_conversation, locate
+from personaspace.extract.spans import Conversation, continue_conversation, locate
+from personaspace.extract.turns import UnstableBoundaryError
 from personaspace.store.errors import InputError
 from personaspace.store.rollouts import Span
 from tests.models import CHATML, NO_SYSTEM, TRIMMING

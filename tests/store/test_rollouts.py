@@ -18,7 +18,15 @@ from personaspace.store.layout import rollouts_key
 from personaspace.store.lease import Fence, acquire
 from personaspace.store.local import LocalFolder
 from personaspace.store.records import ROLLOUTS
-from personaspace.store.rollouts import SCHEMA, Rollout, Span, decode_rollouts, encode_rollouts, read_rollouts
+from personaspace.store.rollouts import (
+    SCHEMA,
+    Rollout,
+    Span,
+    decode_rollouts,
+    encode_rollouts,
+    read_rollouts,
+    to_rollouts,
+)
 
 
 def rollout(row: int, **changes: Any) -> Rollout:
@@ -77,9 +85,7 @@ def test_round_trip(rollouts: list[Rollout]) -> None:
     table = decode_rollouts(encode_rollouts(rollouts))
     assert table.schema.equals(SCHEMA)
     assert table.schema.metadata == {b"schema_version": b"2"}
-    assert [
-        Rollout(**{**entry, "spans": [Span(**span) for span in entry["spans"]]}) for entry in table.to_pylist()
-    ] == rollouts
+    assert to_rollouts(table) == rollouts
 
 
 def test_same_rollouts_give_the_same_bytes() -> None:
