@@ -5,8 +5,8 @@
 
 Two mixes of rollouts: `parity` (--responses: assistant-axis JSONL files) and `lognormal` (random tokens, median 250, up
 to 2,048). In each pair all methods run over the whole mix, in random order; medians of the ratios count, with 95%
-intervals, since machines are noisy. `ours` and `bare` see the same micro-batches, the others batches of 16 in the order
-in which the rollouts come.
+intervals, since machines are noisy. `ours`, `compiled` (ours with extract.compile) and `bare` see the same
+micro-batches, the others batches of 16 in the order in which the rollouts come.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from extract_cluster import measure_cluster
 from extract_memory import measure_memory
-from extract_methods import Tokens, bare, given_order, hidden_states, make_batches, ours, reference
+from extract_methods import Tokens, bare, compiled, given_order, hidden_states, make_batches, ours, reference
 from machine import describe_machine
 from scipy.stats import quantile_test
 
@@ -36,7 +36,7 @@ from personaspace.store.formats.assistant_axis import read_responses
 RESPONSES = Path(__file__).parents[2] / "shared" / "reference" / "parity" / "responses"
 BUDGET = 4096
 PROMPT_TOKENS = 60
-METHODS = {"ours": ours, "bare": bare, "hidden_states": hidden_states, "reference": reference}
+METHODS = {"ours": ours, "compiled": compiled, "bare": bare, "hidden_states": hidden_states, "reference": reference}
 
 
 def parity_mix(checkpoint: Checkpoint, config: ModelConfig, responses: Path) -> list[Tokens]:
@@ -66,7 +66,7 @@ def measure_speed(
     for _ in range(pairs):
         for name in draw.sample(list(methods), len(methods)):
             start, start_cpu = time.perf_counter(), time.process_time()
-            for batch in sorted_batches if name in ("ours", "bare") else batches_of_16:
+            for batch in sorted_batches if name in ("ours", "compiled", "bare") else batches_of_16:
                 methods[name](batch)
             wall[name].append(time.perf_counter() - start)
             cpu[name].append(time.process_time() - start_cpu)
@@ -84,6 +84,9 @@ def measure_speed(
         "ours_over_bare_cpu": ratio(cpu["ours"], cpu["bare"]),
         "reference_over_ours": ratio(wall["reference"], wall["ours"]),
         "hidden_states_over_ours": ratio(wall["hidden_states"], wall["ours"]),
+        "compiled_over_bare": ratio(wall["compiled"], wall["bare"]),
+        "reference_over_compiled": ratio(wall["reference"], wall["compiled"]),
+        "hidden_states_over_compiled": ratio(wall["hidden_states"], wall["compiled"]),
         "reference_over_bare": ratio(wall["reference"], wall["bare"]),
     }
 
@@ -132,11 +135,11 @@ def main() -> None:
         methods = {name: method(checkpoint, config.dtype) for name, method in METHODS.items()}
         for name, mix in mixes.items():
             figures[name] = measure_speed(mix, methods, pairs, draw)
-            for key in ("ours_over_bare", "ours_over_bare_cpu", "reference_over_ours", "hidden_states_over_ours"):
-                show(f"{name}: {key}", figures[name][key])
+            for key, found in figures[name].items():
+                if "_over_" in key:
+                    show(f"{name}: {key}", found)
             print(f"{name}: {figures[name]['tokens_per_s']:,.0f} tokens/s, waste {figures[name]['padding_waste']:.1%}")
-        for key in ("ours_over_bare", "reference_over_ours", "hidden_states_over_ours"):
-            figures[key] = figures["parity"][key]["median"]
+        figures |= {key: found["median"] for key, found in figures["parity"].items() if "_over_" in key}
         del methods
         save()
     if arguments.only in (None, "cluster"):

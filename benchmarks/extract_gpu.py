@@ -56,6 +56,7 @@ def build(config: dict[str, Any], device: str, attention: str) -> Slice:
         device=torch.device(device),
         decoder=parts.decoder,
         blocks=parts.blocks,
+        compiled=False,
     )
 
 

@@ -56,6 +56,12 @@ def ours(checkpoint: Checkpoint, dtype: Dtype) -> Callable[[MicroBatch], object]
     return lambda batch: stage.forward(batch).pooled()
 
 
+def compiled(checkpoint: Checkpoint, dtype: Dtype) -> Callable[[MicroBatch], object]:
+    """Ours with `extract.compile`."""
+    stage = Stage(load_slice(checkpoint, first=0, stop=checkpoint.layers, dtype=dtype, compiled=True))
+    return lambda batch: stage.forward(batch).pooled()
+
+
 def bare(checkpoint: Checkpoint, dtype: Dtype) -> Callable[[MicroBatch], object]:
     """The limit: the backbone alone, padded to the right, without a mask; nothing is read."""
     model = AutoModel.from_pretrained(checkpoint.source, dtype=getattr(torch, dtype)).eval()

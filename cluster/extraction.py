@@ -143,6 +143,7 @@ class Extraction:
                 layers=tuple(layer for layer in layers if first <= layer < stop),
                 arrays=self._arrays,
                 packed=job.packed,
+                compiled=job.extract.compile,
                 layout=job.layout,
                 spans_per_rollout=job.manifest.spans_per_rollout,
                 precision=job.store.precision,

@@ -22,6 +22,8 @@ from personaspace.extract.personas import (
     plan_imported,
     plan_personas,
 )
+from personaspace.extract.reductions import Readout
+from personaspace.extract.sites import check_compilable
 from personaspace.store.config import StoreConfig
 from personaspace.store.errors import InputError
 from personaspace.store.formats.role_names import DEFAULT_ROLE
@@ -153,6 +155,8 @@ def prepare(
             "micro_batch_tokens": extract.micro_batch_tokens,
             "window_rows": extract.window_rows,
             "generate_batch_rows": generate.batch_rows,
+            # Only where it is so: runs from before there was this setting stay the same.
+            **({"compiled": True} if extract.compile else {}),
         },
         "store": {
             "layers": layout.layers,
@@ -171,6 +175,8 @@ def prepare(
         layout = existing.layout.grow(added) if added else existing.layout
     rows = {row.row: row for row in plan.rows}
     arrays = existing.arrays if existing and keep else merge_arrays(existing, extract, layout, store.grow, folder.url)
+    if extract.compile:
+        check_compilable(Readout.of_arrays(arrays).sites)
     manifest = Manifest(
         identity=identity,
         layout=layout,

@@ -42,6 +42,7 @@ class StageSpec:
     arrays: tuple[ArraySpec, ...]
     """Arrays that are read."""
     packed: bool
+    compiled: bool
     layout: Layout
     spans_per_rollout: int
     precision: Precision
@@ -104,6 +105,7 @@ class StageActor:
             dtype=spec.dtype,
             device=spec.device,
             attention=spec.attention,
+            compiled=spec.compiled,
         )
         self._stage = Stage(model, last=spec.last, sites=self._readout.sites, layers=spec.layers)
         check_stage(self._stage, packed=spec.packed)

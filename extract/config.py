@@ -96,5 +96,8 @@ class ExtractConfig:
     """Tokens per micro-batch, padding included. A longer rollout runs alone."""
     window_rows: Annotated[int, Ge(1)] = 2048
     """Rollouts that are sorted by length and committed together, rounded to whole units."""
+    compile: bool = False
+    """Compile the blocks with torch.compile: about a third faster on CPUs, after 20 s per stage the first time. Takes
+    a C++ compiler (on GPUs Triton), and only sites of the residual stream."""
     max_dropped: Annotated[float, Ge(0), Le(1)] = 0.25
     """Largest share of the planned rollouts that may be dropped before the run stops (no identity)."""

@@ -41,10 +41,11 @@ class Extractor:
     """A chat model, loaded whole on one device, that can be read as often as wanted.
 
     ``model`` is a folder, a Hugging Face id, or a ModelConfig; ``device`` such as `cpu` or `cuda:0` (default: the GPU
-    if there is one). Raises InputError if there is no such model, UnsupportedModelError if it is no causal decoder.
+    if there is one), ``compiled`` is `extract.compile` of a config. Raises InputError if there is no such model,
+    UnsupportedModelError if it is no causal decoder.
     """
 
-    def __init__(self, model: ModelConfig | str, *, device: str | None = None) -> None:
+    def __init__(self, model: ModelConfig | str, *, device: str | None = None, compiled: bool = False) -> None:
         self._config = ModelConfig(id=model) if isinstance(model, str) else model
         self._checkpoint = resolve(self._config)
         self.chat = ChatFormat(self._checkpoint, self._config)
@@ -55,6 +56,7 @@ class Extractor:
             dtype=self._config.dtype,
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             attention=self._config.attention,
+            compiled=compiled,
         )
         self._checked: set[bool] = set()
 

@@ -33,6 +33,11 @@ def check_stage(stage: Stage, *, packed: bool) -> None:
     try:
         influence = _influence(stage, packed=False)
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        if stage.model.compiled:
+            raise UnsupportedModelError(
+                f"{name}: torch.compile can't make its blocks run: {error}\nLeave extract.compile out; it takes a C++ "
+                "compiler on CPUs, and Triton on GPUs."
+            ) from error
         raise UnsupportedModelError(f"{name}: its blocks can't be run as those of a decoder: {error}") from error
     if influence > _INFLUENCE[dtype]:
         raise UnsupportedModelError(

@@ -5,7 +5,7 @@ Families differ in what lies between a sublayer and the addition: norms (Gemma 2
 ``resid_post = resid_pre + attn_out + mlp_out``; otherwise the model is refused.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,10 @@ from torch import nn
 
 from personaspace.extract.anatomy import UnsupportedModelError, states_of
 from personaspace.extract.config import Site
+from personaspace.store.errors import InputError
 
+INNER_SITES: tuple[Site, ...] = ("attn_out", "mlp_out")
+"""Sites that lie inside of a block."""
 _ATTENTION_NAMES = ("attn", "self_attn", "attention", "self_attention")
 _TOLERANCE = 0.01
 """Of a sublayer's own norm: a wrong module misses by about that norm itself."""
@@ -41,6 +44,16 @@ class _Call:
 
     def feeds(self, other: "_Call") -> bool:
         return self.gave.data_ptr() == other.took.data_ptr() and self.gave.shape == other.took.shape
+
+
+def check_compilable(sites: Sequence[Site]) -> None:
+    """Raise InputError for sites that compiled blocks hide."""
+    inner = [site for site in sites if site in INNER_SITES]
+    if inner:
+        raise InputError(
+            f"extract.compile: compiled blocks can't be read inside, where {', '.join(inner)} "
+            f"{'is' if len(inner) == 1 else 'are'}. Leave compile out, or read resid_post and resid_pre only."
+        )
 
 
 def find_additions(blocks: Mapping[int, nn.Module], probe: Callable[[], None]) -> dict[tuple[int, Site], Addition]:

@@ -55,6 +55,8 @@ class Slice:
     decoder: PreTrainedModel
     blocks: nn.ModuleList
     """All of the model's; pass-throughs outside of the slice."""
+    compiled: bool
+    """Blocks run as torch.compile makes them; what happens inside of them can't be read."""
 
 
 def load_slice(
@@ -65,12 +67,14 @@ def load_slice(
     dtype: Dtype,
     device: str = "cpu",
     attention: Attention = "auto",
+    compiled: bool = False,
 ) -> Slice:
     """The decoder with only the weights of blocks ``[first, stop)``; the embedding only where ``first`` is 0.
 
     Blocks outside the slice, the final norm, and what is not text are pass-throughs. The model is pruned before
     transformers loads it, so that tensors of other stages are never read, while transformers' own weight conversions
-    stay in force. Raises UnsupportedModelError for weights that are missing or can't be loaded.
+    stay in force. ``compiled`` has torch.compile make one kernel for all blocks of a kind, when the slice first runs.
+    Raises UnsupportedModelError for weights that are missing or can't be loaded.
     """
     whole = empty_model(checkpoint)
     backbone_class: type[PreTrainedModel] = type(whole)
@@ -109,6 +113,9 @@ def load_slice(
             f"the checkpoint ({missing}, ...)."
         )
     parts = dissect(cast(PreTrainedModel, model.eval()), checkpoint.layers)
+    for block in parts.blocks[first:stop] if compiled else ():
+        # Not the module: hooks on a block see its states outside of what is compiled.
+        block.forward = torch.compile(block.forward, dynamic=True, fullgraph=True)
     return Slice(
         first=first,
         stop=stop,
@@ -117,6 +124,7 @@ def load_slice(
         device=torch.device(device),
         decoder=parts.decoder,
         blocks=parts.blocks,
+        compiled=compiled,
     )
 
 

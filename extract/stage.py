@@ -19,7 +19,7 @@ from personaspace.extract.anatomy import states_of
 from personaspace.extract.config import Site
 from personaspace.extract.packing import MicroBatch
 from personaspace.extract.pooling import HostCopy, Pooled, SegmentSums, to_device
-from personaspace.extract.sites import Addition, find_additions
+from personaspace.extract.sites import INNER_SITES, Addition, check_compilable, find_additions
 from personaspace.extract.slicing import PassThrough, Slice
 
 OUT_OF_MEMORY = "out of memory, even alone in its micro-batch"
@@ -223,12 +223,14 @@ class Stage:
 
     def _register(self, hooks: Sequence[LayerHook]) -> None:
         model = self.model
+        if model.compiled:
+            check_compilable(self.sites)
         blocks = {layer: model.blocks[layer] for layer in range(model.first, self.stop)}
         if model.first > 0:
             splice = blocks[model.first].register_forward_pre_hook(self._splice, with_kwargs=True)
             self._handles.append(splice)
         additions: dict[tuple[int, Site], Addition] = {}
-        if {"attn_out", "mlp_out"} & set(self.sites):
+        if set(INNER_SITES) & set(self.sites):
             additions = find_additions(blocks, lambda: self.run_decoder(*self.probe((6,))))
         # Hooks run in the order of their registration: what changes the stream comes before what reads it.
         for hook in hooks:

@@ -171,8 +171,8 @@ class Family:
         save_file(weights, file, metadata={"format": "pt"})
         return cls(name, resolve(ModelConfig(id=str(folder))))
 
-    def _load(self, first: int, stop: int, dtype: Dtype = "float32") -> Slice:
-        return load_slice(self.checkpoint, first=first, stop=stop, dtype=dtype)
+    def _load(self, first: int, stop: int, dtype: Dtype = "float32", compiled: bool = False) -> Slice:
+        return load_slice(self.checkpoint, first=first, stop=stop, dtype=dtype, compiled=compiled)
 
     def _means(
         self,
@@ -181,11 +181,13 @@ class Family:
         packed: bool = False,
         dtype: Dtype = "float32",
         hooks: Sequence[LayerHook] = (),
+        compiled: bool = False,
     ) -> list[NDArray[np.float32]]:
-        """Of each sample ``(Z, L, S, D)``, from a chain of stages."""
-        batch, sites, received_BTD, by_stage = samples_batch(packed=packed), self.reading.sites, None, []
+        """Of each sample ``(Z, L, S, D)``, from a chain of stages; ``compiled`` reads the residual stream's sites."""
+        batch, received_BTD, by_stage = samples_batch(packed=packed), None, []
+        sites = _RESIDUAL if compiled else self.reading.sites
         for first, stop in pairwise(cut):
-            with Stage(self.load(first, stop, dtype), last=stop == LAYERS, sites=sites, hooks=hooks) as stage:
+            with Stage(self.load(first, stop, dtype, compiled), last=stop == LAYERS, sites=sites, hooks=hooks) as stage:
                 output = stage.forward(batch, received_BTD)
             assert output.parts == 1
             received_BTD = output.hidden_BTD
