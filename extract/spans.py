@@ -47,7 +47,7 @@ def locate(chat: ChatFormat, messages: Sequence[Message]) -> Conversation:
     Raises UnstableBoundaryError where a turn can't be found in the rendered text, a token straddles its ends, or the
     prompt is another one than the response was given to.
     """
-    check_roles(messages)
+    _check_messages(messages)
     if not messages or messages[-1]["role"] != "assistant":
         raise UnstableBoundaryError("the conversation does not end with an assistant turn")
     *before, last = messages
@@ -86,12 +86,16 @@ def continue_conversation(
     return Conversation(prompt=list(prompt), response=list(response), spans=spans)
 
 
-def check_roles(messages: Sequence[Message]) -> None:
-    """Raise UnstableBoundaryError for a role that chat templates don't know."""
+def _check_messages(messages: Sequence[Message]) -> None:
+    """Raise UnstableBoundaryError for a role that chat templates don't know, and for content that is no text."""
     for number, message in enumerate(messages):
         if message["role"] not in ROLES:
             raise UnstableBoundaryError(
                 f"message {number} has the role {message['role']!r}; allowed are {', '.join(ROLES)}"
+            )
+        if not isinstance(message["content"], str):
+            raise UnstableBoundaryError(
+                f"message {number} has content of type {type(message['content']).__name__}; only text can be used"
             )
 
 

@@ -62,7 +62,7 @@ def test_what_earlier_sessions_dropped_counts() -> None:
 def test_the_share_itself_is_allowed(rows: int, share: float, allowed: int) -> None:
     limit = DropLimit(ignore, rows=rows, share=share)
     limit.report(committed(dict.fromkeys(range(allowed), "empty")))
-    with pytest.raises(TooManyDroppedError, match=f"^{allowed + 1} of {rows} rollouts are dropped"):
+    with pytest.raises(TooManyDroppedError, match=rf"^{allowed + 1} of {rows} .* \({share * 100:g}%\)"):
         limit.report(committed({allowed: "empty"}))
 
 

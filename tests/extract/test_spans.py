@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -276,6 +277,12 @@ def test_unknown_role(chat_with: ChatWith, messages: list[Message], message: str
     with pytest.raises(UnstableBoundaryError) as error:
         locate(chat_with(), messages)
     assert str(error.value) == f"{message}; allowed are system, user, assistant"
+
+
+def test_content_that_is_no_text(chat_with: ChatWith) -> None:
+    pictures: Any = [{"role": "user", "content": [{"type": "image"}]}, assistant("A ghost.")]
+    with pytest.raises(UnstableBoundaryError, match=r"^message 0 has content of type list; only text can be used$"):
+        locate(chat_with(), pictures)
 
 
 @pytest.mark.parametrize("messages", [[], [USER], [USER, assistant("A ghost."), USER], [SYSTEM]])
