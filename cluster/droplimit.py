@@ -36,6 +36,6 @@ class DropLimit:
         more = f"\n  and {len(counts) - 10} more reasons" if len(counts) > 10 else ""
         raise TooManyDroppedError(
             f"{len(self._dropped)} of {self._rows} rollouts are dropped, more than extract.max_dropped "
-            f"({self._share * 100:g}%) allows:\n{reasons}{more}\nWhat is committed stays. Mend the cause, or go on with "
-            "a higher --extract.max-dropped."
+            f"({self._share * 100:g}%) allows:\n{reasons}{more}\nWhat is committed stays. Mend the cause, or go on "
+            "with a higher --extract.max-dropped."
         )
