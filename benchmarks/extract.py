@@ -14,14 +14,15 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from extract_cluster import measure_cluster
 from extract_memory import measure_memory
-from extract_methods import Tokens, bare, compiled, given_order, hidden_states, make_batches, ours, reference
+from extract_methods import Tokens, bare, given_order, hidden_states, make_batches, ours, reference
 from machine import describe_machine
 from scipy.stats import quantile_test
 
@@ -36,7 +37,13 @@ from personaspace.store.formats.assistant_axis import read_responses
 RESPONSES = Path(__file__).parents[2] / "shared" / "reference" / "parity" / "responses"
 BUDGET = 4096
 PROMPT_TOKENS = 60
-METHODS = {"ours": ours, "compiled": compiled, "bare": bare, "hidden_states": hidden_states, "reference": reference}
+METHODS: Mapping[str, Callable[..., Any]] = {
+    "ours": ours,
+    "compiled": partial(ours, compiled=True),
+    "bare": bare,
+    "hidden_states": hidden_states,
+    "reference": reference,
+}
 
 
 def parity_mix(checkpoint: Checkpoint, config: ModelConfig, responses: Path) -> list[Tokens]:

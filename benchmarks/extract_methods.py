@@ -50,15 +50,9 @@ def given_order(rollouts: Sequence[Tokens]) -> list[MicroBatch]:
     ]
 
 
-def ours(checkpoint: Checkpoint, dtype: Dtype) -> Callable[[MicroBatch], object]:
-    """Our engine, all layers in one stage."""
-    stage = Stage(load_slice(checkpoint, first=0, stop=checkpoint.layers, dtype=dtype))
-    return lambda batch: stage.forward(batch).pooled()
-
-
-def compiled(checkpoint: Checkpoint, dtype: Dtype) -> Callable[[MicroBatch], object]:
-    """Ours with `extract.compile`."""
-    stage = Stage(load_slice(checkpoint, first=0, stop=checkpoint.layers, dtype=dtype, compiled=True))
+def ours(checkpoint: Checkpoint, dtype: Dtype, *, compiled: bool = False) -> Callable[[MicroBatch], object]:
+    """Our engine, all layers in one stage; ``compiled`` as with `extract.compile`."""
+    stage = Stage(load_slice(checkpoint, first=0, stop=checkpoint.layers, dtype=dtype, compiled=compiled))
     return lambda batch: stage.forward(batch).pooled()
 
 

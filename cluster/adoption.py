@@ -31,7 +31,7 @@ def adopt_orphans(job: Job, fence: Fence) -> None:
             continue
         # The rollouts' own record knows what was dropped before extraction.
         rollouts = read_records(job.folder, ROLLOUTS, [unit])[(ROLLOUTS, unit, 0)]
-        used = count_spans(job, unit)
+        used = count_spans(job, unit) if any(spec.spans for spec, _ in found) else {}
         for spec, group in found:
             adopt(
                 fence,
@@ -44,14 +44,12 @@ def adopt_orphans(job: Job, fence: Fence) -> None:
 
 
 def count_spans(job: Job, unit: int) -> dict[int, int]:
-    """Row -> places that the rollout fills in the arrays of spans; empty for a run without such arrays."""
-    if not job.parts:
-        return {}
+    """Row -> places that the rollout fills in the arrays of spans."""
     return {row: len(spans) for row, spans in span_rows(job, read_rollouts(job.folder, [unit])).items()}
 
 
 def shard_inspection(
     job: Job, spec: ArraySpec, unit: int, group: int, dropped: Mapping[int, str], used: Mapping[int, int]
 ) -> Inspect:
-    """What tells a unit's own shard from any other; ``used`` as of `count_spans`."""
+    """What tells a unit's own shard from any other; ``used``, of `count_spans`, counts for an array of spans only."""
     return partial(inspect_shard, job.layout, spec, job.manifest.spans_per_rollout, unit, group, dropped, used)

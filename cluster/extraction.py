@@ -49,7 +49,7 @@ def extract(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> N
     commit what is missing. Raises InputError if rollouts are missing, WorkerError if a worker fails.
     """
     boundaries = check_stages(job, cluster)
-    absent = missing_units(job)
+    absent = missing_units(job, job.committed())
     if absent:
         raise InputError(
             f"{job.folder.url}: {len(absent)} of {job.layout.units} units have no rollouts; run `generate` first."

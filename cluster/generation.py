@@ -1,5 +1,6 @@
 """The generate step: hands batches of units to generator actors until every unit's rollouts are committed."""
 
+from collections.abc import Container
 from functools import partial
 from typing import Any, cast
 
@@ -22,12 +23,11 @@ from personaspace.store.commit import adopt
 from personaspace.store.errors import InputError
 from personaspace.store.layout import rollouts_key
 from personaspace.store.lease import Fence
-from personaspace.store.records import ROLLOUTS, read_slots
+from personaspace.store.records import ROLLOUTS, Slot, read_slots
 
 
-def missing_units(job: Job) -> set[int]:
-    """Units whose rollouts are not committed, or are to be made again."""
-    committed = job.committed()
+def missing_units(job: Job, committed: Container[Slot]) -> set[int]:
+    """Units whose rollouts are not committed, or are to be made again; ``committed`` as of `Job.committed`."""
     return {unit for unit in range(job.layout.units) if (ROLLOUTS, unit, 0) not in committed}
 
 
@@ -38,7 +38,7 @@ def generate(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> 
     """
     redone = {unit for array, unit, _ in job.redo if array == ROLLOUTS}
     present = {entry.key for entry in job.folder.list(ROLLOUTS)}
-    orphans = {unit for unit in missing_units(job) - redone if rollouts_key(unit) in present}
+    orphans = {unit for unit in missing_units(job, job.committed()) - redone if rollouts_key(unit) in present}
     for unit in sorted(orphans):
         adopt(
             fence,
@@ -47,9 +47,9 @@ def generate(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> 
             rows=job.layout.unit_row_range(unit),
             inspect=partial(inspect_rollouts, job.ids(unit)),
         )
-    missing = missing_units(job)
-    rows_missing = sum(len(job.layout.unit_row_range(unit)) for unit in missing)
     stored = {slot: number for slot, number in job.committed().items() if slot[0] == ROLLOUTS}
+    missing = missing_units(job, stored)
+    rows_missing = sum(len(job.layout.unit_row_range(unit)) for unit in missing)
     dropped = {row: why for record in read_slots(job.folder, stored).values() for row, why in record.dropped.items()}
     done = job.layout.rows - rows_missing
     report(StepStarted(step="generate", rows=job.layout.rows, rows_done=done, dropped=dropped))

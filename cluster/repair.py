@@ -48,7 +48,7 @@ def adopt_whole(job: Job, fence: Fence, found: Verification, say: Callable[[str]
         else:
             try:
                 rollouts = read_records(job.folder, ROLLOUTS, [unit])[(ROLLOUTS, unit, 0)]
-                used = count_spans(job, unit)
+                used = count_spans(job, unit) if specs[array].spans else {}
                 inspect = shard_inspection(job, specs[array], unit, group, rollouts.dropped, used)
             except (IntegrityError, KeyError):
                 continue

@@ -59,7 +59,9 @@ def response_tokens(rollouts: pa.Table) -> dict[int, int]:
 
 
 def span_rows(job: Job, rollouts: pa.Table) -> dict[int, tuple[Span, ...]]:
-    """Spans of each row that have rows of their own in the run, from the columns `row` and `spans`."""
+    """Spans of each row that have rows of their own, from the columns `row` and `spans`; empty if the run has none."""
+    if not job.parts:
+        return {}
     readout = Readout.of_arrays(job.manifest.arrays)
     return {
         entry["row"]: readout.spans(decode_spans(entry["spans"]))

@@ -20,6 +20,7 @@ from personaspace.extract.chat import Message
 from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConfig
 from personaspace.store.config import StoreConfig
 from personaspace.store.objects import Folder
+from tests.models import tiny_checkpoint
 
 EXTRACT: dict[str, Any] = {"micro_batch_tokens": 256, "window_rows": 8}
 STORE: dict[str, Any] = {"precision": "lossless", "unit_rows": 4, "layer_group": 2}
@@ -65,6 +66,18 @@ def job_of(config: RunConfig) -> Job:
         store=config.store,
         execution={"config": asdict(config)},
     )
+
+
+def make_place(folder: Path, conversations: Mapping[str, Sequence[Sequence[Message]]]) -> Path:
+    """The folder, with a tiny model and responses in it."""
+    tiny_checkpoint(folder / "model")
+    write_responses(folder / "responses", conversations)
+    return folder
+
+
+def job_for(place: Path, run: str, *, model: str = "model", responses: str = "responses", **options: Any) -> Job:
+    """A job of the model and the responses in a place, which is its store, too."""
+    return job_of(config_for(place / model, place / responses, place, run, **options))
 
 
 def run_job(job: Job, *, stages: int = 1) -> list[Event]:

@@ -5,12 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from personaspace.cluster.job import Job
 from personaspace.store import open_run
 from personaspace.store.errors import IdentityError, InputError
-from tests.cluster.small_jobs import config_for, job_of, run_job, talk, write_responses
+from tests.cluster.small_jobs import job_for, make_place, run_job, talk
 from tests.extract.test_compiling import needs_compiler
-from tests.models import tiny_checkpoint
 
 CONVERSATIONS = {
     "default": [talk("Who are you?", "An assistant."), talk("Why?", "It is so, and always was.")],
@@ -20,15 +18,7 @@ CONVERSATIONS = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model and responses."""
-    folder = tmp_path_factory.mktemp("compiling")
-    tiny_checkpoint(folder / "model")
-    write_responses(folder / "responses", CONVERSATIONS)
-    return folder
-
-
-def job_for(place: Path, run: str, **options: object) -> Job:
-    return job_of(config_for(place / "model", place / "responses", place, run, **options))
+    return make_place(tmp_path_factory.mktemp("compiling"), CONVERSATIONS)
 
 
 @needs_compiler

@@ -3,7 +3,6 @@
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -31,8 +30,7 @@ from personaspace.store.records import (
 )
 from personaspace.store.schema import RESID_POST_MEAN, ArraySpec
 from personaspace.store.verify import verify
-from tests.cluster.small_jobs import committed_objects, config_for, job_of, poison, run_job, talk, write_responses
-from tests.models import tiny_checkpoint
+from tests.cluster.small_jobs import committed_objects, job_for, make_place, poison, run_job, talk, write_responses
 
 SITES: tuple[Site, ...] = ("resid_post", "resid_pre", "attn_out", "mlp_out")
 REDUCTIONS = ("mean", "last_prompt", "first_3", "turns", "parts")
@@ -77,15 +75,7 @@ SPANS = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model and the responses."""
-    folder = tmp_path_factory.mktemp("readouts")
-    tiny_checkpoint(folder / "model")
-    write_responses(folder / "responses", CONVERSATIONS)
-    return folder
-
-
-def job_for(place: Path, run: str, *, model: str = "model", responses: str = "responses", **options: Any) -> Job:
-    return job_of(config_for(place / model, place / responses, place, run, **options))
+    return make_place(tmp_path_factory.mktemp("readouts"), CONVERSATIONS)
 
 
 @pytest.fixture(scope="module")
