@@ -2,18 +2,17 @@
 
 import shutil
 import time
-from collections import deque
 from pathlib import Path
 
-import ray
 import torch
 from machine import isolated
 
 from personaspace.cluster.config import ClusterConfig
-from personaspace.cluster.extraction import Extraction, check_stages
+from personaspace.cluster.events import Event, ReplicaStarted
+from personaspace.cluster.extraction import extract
 from personaspace.cluster.generation import generate
 from personaspace.cluster.job import Job, prepare
-from personaspace.cluster.session import hold_run, ray_cluster, share
+from personaspace.cluster.session import hold_run, ray_cluster
 from personaspace.cluster.window import load_window
 from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig
 from personaspace.extract.slicing import load_slice
@@ -54,13 +53,15 @@ def measure_cluster(model: str, responses: Path, folder: Path, pairs: int) -> di
 
 
 def _stages(job: Job, fence: Fence, cluster: ClusterConfig) -> float:
-    """Stage actors, loaded and checked before the clock starts, until all is committed on disk."""
-    boundaries, workers = check_stages(job, cluster), share(cluster, STAGES)
-    extraction = Extraction(job, fence, cluster, workers, boundaries, deque(job.windows), 1, lambda _: None)
-    ray.get([actor.__ray_ready__.remote() for replica in extraction.replicas for actor in replica])
-    start = time.perf_counter()
-    extraction.run()
-    return time.perf_counter() - start
+    """From the moment when the stage actors have loaded and checked their layers until all is committed on disk."""
+    starts: list[float] = []
+
+    def report(event: Event) -> None:
+        if isinstance(event, ReplicaStarted):
+            starts.append(time.perf_counter())
+
+    extract(job, fence, cluster, report)
+    return time.perf_counter() - starts[0]
 
 
 def _engine(job: Job, threads: int) -> float:

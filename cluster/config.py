@@ -3,23 +3,38 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
+
+Device = Literal["auto", "cpu", "cuda"]
+Sharding = Literal["pipeline", "tensor", "offload"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterConfig:
-    """Where the actors run and how many there are."""
+    """Where the actors run, how many there are, and what is done when they fail."""
 
     address: str | None = None
     """Ray address. Default: the RAY_ADDRESS variable (set inside `ray job submit`), else a cluster of its own on
     this machine, shut down at the end."""
-    generators: Annotated[int, Ge(1)] = 1
-    """Actors that generate, one whole model each."""
-    stages: Annotated[int, Ge(1)] = 1
-    """Actors that a replica's layers are spread over during extraction."""
-    replicas: Annotated[int, Ge(1)] = 1
-    """Chains of stages that extract side by side."""
-    in_flight: Annotated[int, Ge(1)] | None = None
-    """Micro-batches on their way through a replica at once. Default: twice the stages."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """`auto`: one GPU per actor if the cluster has GPUs, else the CPUs shared evenly."""
+    replicas: Annotated[int, Ge(1)] | None = None
+    """Copies of the model that work side by side. Default: as many as there is room for, at any time."""
+    sharding: Sharding = "pipeline"
+    """How a copy of the model is spread. `pipeline`: over stages of consecutive layers. `tensor`: every layer over all
+    ranks of a DeepSpeed gang. `offload`: one actor, with weights in host memory or on disk."""
+    stages: Annotated[int, Ge(1)] | None = None
+    """Actors of a pipeline. Default: as few as the memory of a device allows."""
+    in_flight: Annotated[int, Ge(1)] | None = None
+    """Micro-batches on their way through a replica at once. Default: twice the stages, or less where the nodes' object
+    stores are small."""
+    attempts: Annotated[int, Ge(1)] = 2
+    """Replicas that may be lost with a micro-batch on its way before it is put on trial. A rollout that is found to
+    kill its worker is dropped with this reason; the rest of the micro-batch is kept."""
+    stall_timeout: Annotated[float, Gt(0)] = 600.0
+    """Seconds without any answer after which a replica that has work counts as hung, and is started anew."""
+    start_timeout: Annotated[float, Gt(0)] = 3600.0
+    """The same for one that loads its model."""
+    wait_timeout: Annotated[float, Gt(0)] = 600.0
+    """Seconds without any replica at work, on a cluster without room for one, after which the run stops. The same
+    command resumes."""

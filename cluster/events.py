@@ -34,6 +34,74 @@ class Committed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Busy:
+    """What a worker did, and when."""
+
+    activity: str
+    """`forward`, `commit`, `generate`."""
+    start: float
+    """Unix seconds, by the clock of the worker's node."""
+    stop: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Worked:
+    """Something that a replica was asked for is done."""
+
+    step: str
+    replica: int
+    batch: str
+    """What it worked on, such as `window 12, micro-batch 3`."""
+    busy: tuple[Busy, ...]
+    """Of each of its workers, in order."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    """A worker is ready."""
+
+    node: str
+    """Ray's id of its node."""
+    pid: int
+    seconds: float
+    """That loading took."""
+    resident: int
+    """Bytes of memory that its process holds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaStarted:
+    """A replica has loaded its model."""
+
+    step: str
+    replica: int
+    """Its number; one that is started anew gets another."""
+    workers: tuple[Loaded, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaLost:
+    """A replica was lost, and what was not committed runs again on another one."""
+
+    step: str
+    replica: int
+    reason: str
+    windows: int
+    """That run again."""
+    rollouts: int
+    """That had come through, and run again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quarantined:
+    """Rollouts were found to kill their worker, and are left out."""
+
+    step: str
+    rollouts: Mapping[str, str]
+    """Rollout id -> reason."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Waiting:
     """Nothing has come back for a while; time passes all the same."""
 
@@ -52,7 +120,18 @@ class StepFinished:
     step: str
 
 
-Event = StepStarted | Progressed | Committed | Waiting | Note | StepFinished
+Event = (
+    StepStarted
+    | Progressed
+    | Committed
+    | ReplicaStarted
+    | ReplicaLost
+    | Quarantined
+    | Worked
+    | Waiting
+    | Note
+    | StepFinished
+)
 
 Report = Callable[[Event], None]
 """Where events go."""

@@ -1,28 +1,41 @@
 """The extract step: streams windows of rollouts through replicas of stage actors until every shard is committed."""
 
 import math
-from collections import deque
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, cast
-
-import ray
 
 from personaspace.cluster.adoption import adopt_orphans
 from personaspace.cluster.config import ClusterConfig
 from personaspace.cluster.coordinates import commit_coordinates
-from personaspace.cluster.events import Committed, Note, Progressed, Report, StepFinished, StepStarted
+from personaspace.cluster.events import (
+    Busy,
+    Committed,
+    Note,
+    Progressed,
+    Quarantined,
+    Report,
+    StepFinished,
+    StepStarted,
+    Worked,
+)
+from personaspace.cluster.faults import QUARANTINED
 from personaspace.cluster.generation import missing_units
 from personaspace.cluster.job import Job
-from personaspace.cluster.schedule import ReplicaSchedule, WindowPlan
-from personaspace.cluster.session import Workers, share
-from personaspace.cluster.stages import Ran, StageActor, StageSpec, UnitShards
-from personaspace.cluster.waiting import next_finished, result
+from personaspace.cluster.replicas import Formation, alive_nodes
+from personaspace.cluster.room import Workers, fit_in_flight
+from personaspace.cluster.schedule import Schedule, Task
+from personaspace.cluster.session import share_cluster
+from personaspace.cluster.stages import Order, Ran, StageActor, StageSpec, UnitShards
+from personaspace.cluster.supervisor import Supervisor
 from personaspace.cluster.window import WindowWork, load_window, response_tokens, span_rows
 from personaspace.extract.collect import Expected
-from personaspace.extract.packing import MicroBatch, token_hash
+from personaspace.extract.packing import token_hash
 from personaspace.store.errors import InputError
 from personaspace.store.lease import Fence
-from personaspace.store.records import COORDINATES_RECORD, SPAN_COORDINATES_RECORD, read_slots
+from personaspace.store.records import COORDINATES_RECORD, SPAN_COORDINATES_RECORD, Slot, read_slots
 from personaspace.store.rollouts import read_rollouts
+from personaspace.store.schema import ArraySpec
 
 UNCOMMITTED_WINDOWS = 2
 """Windows of a replica that may wait for their writers: bounds the host memory of its stages."""
@@ -35,7 +48,7 @@ def check_stages(job: Job, cluster: ClusterConfig) -> list[int]:
     """
     groups = 1 + max(group for spec in job.manifest.arrays for group in spec.wanted_groups(job.layout))
     try:
-        return job.layout.stage_boundaries(cluster.stages, groups)
+        return job.layout.stage_boundaries(cluster.stages or 1, groups)
     except ValueError as error:
         raise InputError(
             f"cluster.stages: {error}. Use fewer stages, or a new run with a smaller layer_group."
@@ -46,7 +59,7 @@ def extract(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> N
     """Commit every shard and the coordinates of every unit.
 
     Shards that a crash left without a record are adopted; windows that miss any shard run again, whole, and
-    commit what is missing. Raises InputError if rollouts are missing, WorkerError if a worker fails.
+    commit what is missing. Raises InputError if rollouts are missing, WorkerError if work can't go on.
     """
     boundaries = check_stages(job, cluster)
     absent = missing_units(job, job.committed())
@@ -70,115 +83,123 @@ def extract(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> N
     report(StepStarted(step="extract", rows=job.layout.rows, rows_done=job.layout.rows - waiting, dropped=dropped))
     if missing:
         unfinished = [window for window in job.windows if missing.keys() & set(window)]
-        replicas = min(cluster.replicas, len(unfinished))
-        workers = share(cluster, replicas * cluster.stages)
-        report(
-            Note(
-                text=f"extract: {replicas} replica(s) of {cluster.stages} stage(s), layers cut at {boundaries}, "
-                f"{workers.threads} thread(s) each, on {workers.device}"
-            )
-        )
-        Extraction(job, fence, cluster, workers, boundaries, deque(unfinished), replicas, report).run()
+        _run(job, fence, cluster, boundaries, unfinished, done, report)
     report(StepFinished(step="extract"))
 
 
+def _run(
+    job: Job,
+    fence: Fence,
+    cluster: ClusterConfig,
+    boundaries: list[int],
+    windows: Sequence[tuple[int, ...]],
+    committed: Mapping[Slot, int],
+    report: Report,
+) -> None:
+    stages = len(boundaries) - 1
+    missing = {array for units in windows for unit in units for array, _ in job.missing_shards(committed, unit)}
+    arrays = tuple(spec for spec in job.manifest.arrays if spec.record in missing)
+    workers = share_cluster(cluster, stages)
+    work = Extraction(job, fence, boundaries, windows, committed, arrays, report)
+    specs = stage_specs(job, fence, boundaries, arrays, workers)
+    formation = Formation(
+        actors=stages,
+        workers=workers,
+        together=False,
+        make=lambda place, options: cast(Any, StageActor).options(**options).remote(specs[place]),
+        load=lambda actors: [actor.load.remote() for actor in actors],
+    )
+    state_bytes = job.extract.micro_batch_tokens * job.layout.hidden * (4 if job.model.dtype == "float32" else 2)
+    schedule = Schedule(
+        range(len(windows)),
+        work.open_window,
+        in_flight=cluster.in_flight or fit_in_flight(alive_nodes(), stages, state_bytes),
+        uncommitted=UNCOMMITTED_WINDOWS,
+        attempts=cluster.attempts,
+    )
+    report(
+        Note(
+            text=f"extract: replicas of {stages} stage(s), layers cut at {boundaries}, {workers.threads} thread(s) "
+            f"each, on {workers.device}"
+        )
+    )
+    Supervisor("extract", schedule, formation, work, cluster, report).run()
+
+
+def stage_specs(
+    job: Job, fence: Fence, boundaries: Sequence[int], arrays: tuple[ArraySpec, ...], workers: Workers
+) -> list[StageSpec]:
+    """What each stage of a replica is made from."""
+    layers = sorted({layer for spec in arrays for layer in spec.wanted_layers(job.layout)})
+    return [
+        StageSpec(
+            checkpoint=job.checkpoint,
+            dtype=job.model.dtype,
+            attention=job.model.attention,
+            first=first,
+            stop=stop,
+            last=stop == boundaries[-1],
+            layers=tuple(layer for layer in layers if first <= layer < stop),
+            arrays=arrays,
+            packed=job.packed,
+            compiled=job.extract.compile,
+            layout=job.layout,
+            spans_per_rollout=job.manifest.spans_per_rollout,
+            precision=job.store.precision,
+            fence=fence,
+            device=workers.device,
+            threads=workers.threads,
+        )
+        for first, stop in pairwise(boundaries)
+    ]
+
+
 class Extraction:
-    """One session of the extract step: replicas of stage actors, and the loop that feeds them."""
+    """What the step asks of its replicas (supervisor.Work), and what becomes of their answers.
+
+    Windows are numbered as in ``windows``; ``committed`` says what was there before.
+    """
 
     def __init__(
         self,
         job: Job,
         fence: Fence,
-        cluster: ClusterConfig,
-        workers: Workers,
-        boundaries: list[int],
-        queue: deque[tuple[int, ...]],
-        replicas: int,
+        boundaries: Sequence[int],
+        windows: Sequence[tuple[int, ...]],
+        committed: Mapping[Slot, int],
+        arrays: tuple[ArraySpec, ...],
         report: Report,
     ) -> None:
         self._job, self._fence, self._boundaries, self._report = job, fence, boundaries, report
-        self._queue = queue
-        self._committed = job.committed()
-        missing = {array for units in queue for unit in units for array, _ in job.missing_shards(self._committed, unit)}
-        self._arrays = tuple(spec for spec in job.manifest.arrays if spec.record in missing)
-        self._work: dict[int, WindowWork] = {}
-        self.replicas = [
-            [cast(Any, StageActor).options(**workers.options()).remote(spec) for spec in self._specs(workers)]
-            for _ in range(replicas)
-        ]
-        in_flight = cluster.in_flight or 2 * cluster.stages
-        self._schedules = [ReplicaSchedule(self._next_window, in_flight) for _ in range(replicas)]
-        self._forwards: dict[Any, tuple[int, int, MicroBatch]] = {}
-        """Reference to the last stage's answer -> replica, window, micro-batch."""
-        self._commits: dict[Any, tuple[int, int]] = {}
-        """Reference to one stage's commit -> replica, window."""
+        self._windows, self._committed, self._arrays = windows, committed, arrays
+        self._open: dict[int, WindowWork] = {}
 
-    def run(self) -> None:
-        """Feed the replicas until all windows are committed. Stage actors are gone afterwards, whatever happened."""
-        try:
-            self._submit_due()
-            while self._forwards or self._commits:
-                done = next_finished([*self._forwards, *self._commits], self._report)
-                answer = result(done)
-                if done in self._forwards:
-                    self._forward_done(*self._forwards.pop(done), ran=answer)
-                else:
-                    self._commit_done(*self._commits.pop(done))
-                self._submit_due()
-        finally:
-            for actor in [actor for replica in self.replicas for actor in replica]:
-                ray.kill(actor)
+    def open_window(self, window: int) -> list[int]:
+        """Read the window's rollouts; returns how many each of its micro-batches has."""
+        self._open[window] = load_window(self._job, self._windows[window], self._arrays)
+        return [len(batch.rows) for batch in self._open[window].batches]
 
-    def _specs(self, workers: Workers) -> list[StageSpec]:
-        job = self._job
-        layers = sorted({layer for spec in self._arrays for layer in spec.wanted_layers(job.layout)})
-        return [
-            StageSpec(
-                checkpoint=job.checkpoint,
-                dtype=job.model.dtype,
-                attention=job.model.attention,
-                first=first,
-                stop=stop,
-                last=stop == self._boundaries[-1],
-                layers=tuple(layer for layer in layers if first <= layer < stop),
-                arrays=self._arrays,
-                packed=job.packed,
-                compiled=job.extract.compile,
-                layout=job.layout,
-                spans_per_rollout=job.manifest.spans_per_rollout,
-                precision=job.store.precision,
-                fence=self._fence,
-                device=workers.device,
-                threads=workers.threads,
-            )
-            for first, stop in zip(self._boundaries, self._boundaries[1:], strict=False)
-        ]
-
-    def _next_window(self) -> WindowPlan | None:
-        while self._queue:
-            units = self._queue.popleft()
-            window = units[0]  # Units belong to one window each, so the first one names it.
-            self._work[window] = load_window(self._job, units, self._arrays)
-            if self._work[window].batches:
-                return WindowPlan(window=window, batches=self._work[window].batches)
-            self._commit_window(0, window)  # Every rollout was dropped: nothing to compute, but to record.
-        return None
-
-    def _submit_due(self) -> None:
-        for index, schedule in enumerate(self._schedules):
-            committing = {window for replica, window in self._commits.values() if replica == index}
-            if len(committing) < UNCOMMITTED_WINDOWS:
-                for window, batch in schedule.due():
-                    self._submit(index, window, batch)
-
-    def _submit(self, index: int, window: int, batch: MicroBatch) -> None:
-        rollout_ids = [self._work[window].rollout_ids[row] for row in batch.rows]
+    def submit(self, actors: Sequence[Any], task: Task) -> list[Any]:
+        """Send a micro-batch through the stages; the last one answers."""
+        work = self._open[task.window]
+        batch = work.batches[task.batch]
+        order = Order(
+            window=task.window,
+            batch=batch,
+            rollout_ids=tuple(work.rollout_ids[row] for row in batch.rows),
+            left_out=dict.fromkeys(task.blanked, QUARANTINED),
+            trial=task.trial,
+        )
         hidden, answer = None, Ran()
-        for actor in self.replicas[index]:
-            hidden, answer = actor.forward.remote(window, batch, rollout_ids, hidden, answer)
-        self._forwards[answer] = (index, window, batch)
+        for actor in actors:
+            hidden, answer = actor.forward.remote(order, hidden, answer)
+        return [answer]
 
-    def _forward_done(self, index: int, window: int, batch: MicroBatch, ran: Ran) -> None:
+    def finished(self, replica: int, task: Task, answers: Sequence[Ran]) -> None:
+        """Tell what came through."""
+        work = self._open[task.window]
+        batch = work.batches[task.batch]
+        [ran] = answers
         if ran.parts > 1:
             rows, length = batch.shape
             self._report(
@@ -187,18 +208,25 @@ class Extraction:
                     "smaller extract.micro_batch_tokens avoids this (in a new run)."
                 )
             )
+        what = f"window {task.window}, micro-batch {task.batch}" + (" on trial" if task.trial else "")
+        self._report(Worked(step="extract", replica=replica, batch=what, busy=ran.busy))
+        if task.trial:
+            return
+        if task.blanked:
+            ids = [work.rollout_ids[batch.rows[place]] for place in sorted(task.blanked)]
+            self._report(Quarantined(step="extract", rollouts=dict.fromkeys(ids, QUARANTINED)))
         self._report(Progressed(tokens=batch.tokens, rows=len(batch.rows)))
-        if self._schedules[index].finish(window):
-            self._commit_window(index, window)
 
-    def _commit_window(self, index: int, window: int) -> None:
-        work, job = self._work[window], self._job
+    def commit(self, actors: Sequence[Any], window: int) -> list[Any]:
+        """Have every stage check, write and record its shards of the window."""
+        work, job = self._open[window], self._job
         expected = {
             row: Expected(token_hash=token_hash(ids), counts=tuple(stop - start for start, stop in segments))
             for batch in work.batches
             for row, ids, segments in zip(batch.rows, batch.token_ids, batch.segments, strict=True)
         }
-        for actor, first, stop in zip(self.replicas[index], self._boundaries, self._boundaries[1:], strict=False):
+        commits = []
+        for actor, (first, stop) in zip(actors, pairwise(self._boundaries), strict=True):
             own = range(first // job.layout.layer_group, math.ceil(stop / job.layout.layer_group))
             units = []
             for unit in work.units:
@@ -214,12 +242,13 @@ class Extraction:
                         redo={(array, g): n for (array, u, g), n in job.redo.items() if u == unit},
                     )
                 )
-            self._commits[actor.commit.remote(window, units)] = (index, window)
+            commits.append(actor.commit.remote(window, units))
+        return commits
 
-    def _commit_done(self, index: int, window: int) -> None:
-        if (index, window) in self._commits.values():
-            return
-        work = self._work.pop(window)
+    def committed(self, replica: int, window: int, answers: Sequence[Busy]) -> None:
+        """Commit the coordinates of the window's units: their layers are all there."""
+        work = self._open.pop(window)
+        self._report(Worked(step="extract", replica=replica, batch=f"window {window}", busy=tuple(answers)))
         for unit in work.units:
             if self._job.missing_shards(self._committed, unit):
                 dropped = commit_coordinates(self._job, self._fence, unit, work.tokens, work.spans)

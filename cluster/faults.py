@@ -1,5 +1,6 @@
-"""Failures in workers: told once, with the rollouts they concern and the worker's own traceback."""
+"""Failures in workers: told once, with the rollouts they concern, and sorted by what can be done about them."""
 
+import re
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,6 +8,9 @@ from contextlib import contextmanager
 import ray.exceptions
 
 from personaspace.store.errors import PersonaspaceError, WorkerError
+
+QUARANTINED = "quarantined: it ended its worker every time it was run"
+"""Why a rollout is dropped that was found guilty on trial."""
 
 
 @contextmanager
@@ -21,13 +25,25 @@ def explain(what: str, rollout_ids: Sequence[str]) -> Iterator[None]:
         raise WorkerError(f"{what} failed on rollouts {shown}\n{traceback.format_exc()}") from error
 
 
-def unwrap(error: ray.exceptions.RayError) -> PersonaspaceError:
-    """In the driver: the user's error inside what Ray raises, or a WorkerError for an actor that died."""
+def user_error(error: BaseException) -> PersonaspaceError | None:
+    """In the driver: the error for the user inside what Ray raises; None if a process, a node or an object was lost."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, PersonaspaceError) and not isinstance(cause, ray.exceptions.RayError):
             return cause
         cause = getattr(cause, "cause", None) or cause.__cause__
-    if isinstance(error, ray.exceptions.RayActorError):
-        return WorkerError(f"A worker process died: {error}\nThe run can be resumed with the same command.")
-    return WorkerError(str(error))
+    return None
+
+
+def describe_loss(error: BaseException) -> str:
+    """One line on what Ray says of a lost process."""
+    text = " ".join(str(error).split())
+    pid, host = (re.search(rf"\b{name}: (\S+)", text) for name in ("pid", "ip"))
+    where = f" (pid {pid[1]} on {host[1]})" if pid and host else ""
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return f"a node ran out of memory, and Ray killed a worker: {text}"
+    if "node has died" in text or "node was terminated" in text:
+        return "its node died"
+    if isinstance(error, ray.exceptions.ActorDiedError | ray.exceptions.ActorUnavailableError):
+        return f"a worker process died{where}"
+    return f"{type(error).__name__}: {text[:300]}"

@@ -1,29 +1,45 @@
 """The generate step: hands batches of units to generator actors until every unit's rollouts are committed."""
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from functools import partial
 from typing import Any, cast
 
-import ray
-
 from personaspace.cluster.config import ClusterConfig
-from personaspace.cluster.events import Committed, Note, Progressed, Report, StepFinished, StepStarted
+from personaspace.cluster.events import (
+    Committed,
+    Note,
+    Progressed,
+    Quarantined,
+    Report,
+    StepFinished,
+    StepStarted,
+    Worked,
+)
+from personaspace.cluster.faults import QUARANTINED
 from personaspace.cluster.generators import (
-    GenerationReport,
     Generator,
+    Order,
+    Sampled,
+    Stored,
     UnitPlan,
+    drops,
     import_unit,
     inspect_rollouts,
 )
 from personaspace.cluster.job import Job
-from personaspace.cluster.session import share
-from personaspace.cluster.waiting import next_finished, result
+from personaspace.cluster.replicas import Formation
+from personaspace.cluster.schedule import Schedule, Task
+from personaspace.cluster.session import share_cluster
+from personaspace.cluster.supervisor import Supervisor
 from personaspace.extract.chat import ChatFormat
 from personaspace.store.commit import adopt
 from personaspace.store.errors import InputError
 from personaspace.store.layout import rollouts_key
 from personaspace.store.lease import Fence
 from personaspace.store.records import ROLLOUTS, Slot, read_slots
+
+UNCOMMITTED_BATCHES = 2
+"""Sampled batches of a generator that may wait to be stored."""
 
 
 def missing_units(job: Job, committed: Container[Slot]) -> set[int]:
@@ -56,7 +72,10 @@ def generate(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> 
     if job.generate.responses is not None:
         chat = ChatFormat(job.checkpoint, job.model)
         for unit in sorted(missing):
-            _tell(report, import_unit(fence, _unit_plan(job, unit, missing), chat, job.checkpoint.max_positions))
+            rollouts = import_unit(fence, unit_plan(job, unit, missing), chat, job.checkpoint.max_positions)
+            tokens = sum(len(rollout.response_token_ids) for rollout in rollouts)
+            report(Progressed(tokens=tokens, rows=len(rollouts)))
+            report(Committed(rows=len(rollouts), dropped=drops(rollouts)))
     elif missing:
         _sample(job, fence, cluster, missing, report)
     report(StepFinished(step="generate"))
@@ -64,34 +83,79 @@ def generate(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> 
 
 def _sample(job: Job, fence: Fence, cluster: ClusterConfig, missing: set[int], report: Report) -> None:
     batches = [batch for batch in job.generation_batches if missing & set(batch)]
-    count = min(cluster.generators, len(batches))
-    workers = share(cluster, count)
-    report(Note(text=f"generate: {count} generator(s), {workers.threads} thread(s) each, on {workers.device}"))
-    actors = [
-        cast(Any, Generator)
-        .options(**workers.options())
-        .remote(job.checkpoint, job.model, job.generate, fence, workers.device, workers.threads)
-        for _ in range(count)
-    ]
-    running: dict[Any, Any] = {}
-
-    def submit(actor: Any) -> None:
-        if batches:
-            running[actor.generate.remote([_unit_plan(job, unit, missing) for unit in batches.pop(0)])] = actor
-
-    try:
-        for actor in actors:
-            submit(actor)
-        while running:
-            done = next_finished(running, report)
-            submit(running.pop(done))
-            _tell(report, result(done))
-    finally:
-        for actor in actors:
-            ray.kill(actor)
+    workers = share_cluster(cluster, 1)
+    work = Generation(job, batches, missing, report)
+    formation = Formation(
+        actors=1,
+        workers=workers,
+        together=True,
+        make=lambda _, options: (
+            cast(Any, Generator)
+            .options(**options)
+            .remote(job.checkpoint, job.model, job.generate, fence, workers.device, workers.threads)
+        ),
+        load=lambda actors: [actor.load.remote() for actor in actors],
+    )
+    schedule = Schedule(
+        range(len(batches)), work.open_window, in_flight=1, uncommitted=UNCOMMITTED_BATCHES, attempts=cluster.attempts
+    )
+    report(Note(text=f"generate: {workers.threads} thread(s) for each generator, on {workers.device}"))
+    Supervisor("generate", schedule, formation, work, cluster, report).run()
 
 
-def _unit_plan(job: Job, unit: int, missing: set[int]) -> UnitPlan:
+class Generation:
+    """What the step asks of its replicas (supervisor.Work). A window is a batch of units that are decoded together."""
+
+    def __init__(self, job: Job, batches: Sequence[tuple[int, ...]], missing: set[int], report: Report) -> None:
+        self._job, self._batches, self._missing, self._report = job, batches, missing, report
+        self._open: dict[int, tuple[UnitPlan, ...]] = {}
+
+    def open_window(self, window: int) -> list[int]:
+        """Plan the batch; returns how many rollouts it has."""
+        units = tuple(unit_plan(self._job, unit, self._missing) for unit in self._batches[window])
+        self._open[window] = units
+        return [sum(len(unit.rows) for unit in units)]
+
+    def submit(self, actors: Sequence[Any], task: Task) -> list[Any]:
+        """Have the batch sampled."""
+        order = Order(
+            window=task.window,
+            units=self._open[task.window],
+            left_out=dict.fromkeys(task.blanked, QUARANTINED),
+            trial=task.trial,
+        )
+        return [actor.generate.remote(order) for actor in actors]
+
+    def finished(self, replica: int, task: Task, answers: Sequence[Sampled]) -> None:
+        """Tell what came through."""
+        what = f"batch {task.window}" + (" on trial" if task.trial else "")
+        self._report(
+            Worked(step="generate", replica=replica, batch=what, busy=tuple(answer.busy for answer in answers))
+        )
+        if task.trial:
+            return
+        units = self._open[task.window]
+        if task.blanked:
+            rows = [row for unit in units for row in unit.rows]
+            ids = [rows[place].rollout_id for place in sorted(task.blanked)]
+            self._report(Quarantined(step="generate", rollouts=dict.fromkeys(ids, QUARANTINED)))
+        fresh = sum(len(unit.rows) for unit in units if not unit.committed)
+        self._report(Progressed(tokens=answers[0].tokens, rows=fresh))
+
+    def commit(self, actors: Sequence[Any], window: int) -> list[Any]:
+        """Have the batch's units stored."""
+        return [actors[0].commit.remote(window)]
+
+    def committed(self, replica: int, window: int, answers: Sequence[Stored]) -> None:
+        """Tell what is stored."""
+        del self._open[window]
+        [stored] = answers
+        self._report(Worked(step="generate", replica=replica, batch=f"batch {window}", busy=(stored.busy,)))
+        self._report(Committed(rows=stored.rows, dropped=stored.dropped))
+
+
+def unit_plan(job: Job, unit: int, missing: set[int]) -> UnitPlan:
+    """What a generator has to know of a unit. Raises InputError for rollouts that the config does not have."""
     rows = tuple(job.rows[row] for row in job.layout.unit_row_range(unit))
     roles = tuple(job.plan.roles[row.role_id].id for row in rows)
     unknown = [row for row, role in zip(rows, roles, strict=True) if not row.messages and row.response is None]
@@ -103,8 +167,3 @@ def _unit_plan(job: Job, unit: int, missing: set[int]) -> UnitPlan:
         )
     generation = job.redo.get((ROLLOUTS, unit, 0), 0)
     return UnitPlan(unit=unit, rows=rows, roles=roles, committed=unit not in missing, generation=generation)
-
-
-def _tell(report: Report, done: GenerationReport) -> None:
-    report(Progressed(tokens=done.tokens, rows=done.rows))
-    report(Committed(rows=done.rows, dropped=done.dropped))

@@ -1,20 +1,24 @@
 """Ray actors that generate: one whole model each, publishing finished units themselves."""
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import ray
 import torch
 
+from personaspace.cluster.events import Busy, Loaded
 from personaspace.cluster.faults import explain
+from personaspace.cluster.replicas import loaded
 from personaspace.extract.chat import ChatFormat
 from personaspace.extract.checkpoint import Checkpoint
 from personaspace.extract.config import GenerateConfig, ModelConfig
 from personaspace.extract.generate.noise import rollout_seed
-from personaspace.extract.generate.transformers_engine import TransformersEngine
+from personaspace.extract.generate.transformers_engine import Response, TransformersEngine
+from personaspace.extract.packing import DUMMY_TOKEN
 from personaspace.extract.personas import PlannedRollout
-from personaspace.extract.rollouts import generated_rollout, imported_rollout
+from personaspace.extract.rollouts import generated_rollout, imported_rollout, quarantined_rollout
 from personaspace.store.commit import commit
 from personaspace.store.errors import IntegrityError
 from personaspace.store.layout import rollouts_key
@@ -38,18 +42,38 @@ class UnitPlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GenerationReport:
-    """What a batch of units gave."""
+class Order:
+    """Units to sample together, and what to do with them."""
+
+    window: int
+    units: tuple[UnitPlan, ...]
+    left_out: Mapping[int, str] = field(default_factory=dict)
+    """Place in the batch -> why a dummy prompt is sampled instead."""
+    trial: bool = False
+    """Nothing is kept of it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampled:
+    """A batch was sampled."""
+
+    tokens: int
+    """Sampled tokens, of all rows of the batch."""
+    busy: Busy
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stored:
+    """A batch's units are committed."""
 
     rows: int
     """Rows of the units that this batch committed."""
     dropped: Mapping[int, str]
     """Row -> reason."""
-    tokens: int
-    """Sampled tokens, of all rows of the batch."""
+    busy: Busy
 
 
-@ray.remote
+@ray.remote(concurrency_groups={"store": 1})
 class Generator:
     """Holds one model replica and turns units into committed rollouts."""
 
@@ -63,54 +87,79 @@ class Generator:
         threads: int,
     ) -> None:
         torch.set_num_threads(threads)
-        self._checkpoint = checkpoint
-        self._config = config
-        self._fence = fence
+        self._checkpoint, self._model, self._config, self._fence = checkpoint, model, config, fence
+        self._device = device
         self._chat = ChatFormat(checkpoint, model)
-        self._engine = TransformersEngine(checkpoint, self._chat, dtype=model.dtype, device=device)
+        self._sampled: dict[int, list[tuple[UnitPlan, list[Rollout]]]] = {}
+        """Window -> its units' rollouts, until they are committed."""
 
-    def generate(self, units: Sequence[UnitPlan]) -> GenerationReport:
-        """Sample the batch and commit its units. Raises WorkerError naming the rollouts."""
-        planned = [row for unit in units for row in unit.rows]
+    def load(self) -> Loaded:
+        """Load the model."""
+        begin = time.monotonic()
+        self._engine = TransformersEngine(self._checkpoint, self._chat, dtype=self._model.dtype, device=self._device)
+        return loaded(begin)
+
+    def generate(self, order: Order) -> Sampled:
+        """Sample the batch, and keep its rollouts until they are committed. Raises WorkerError naming the rollouts."""
+        planned = [row for unit in order.units for row in unit.rows]
         with explain("generation", [row.rollout_id for row in planned]):
+            begin = time.time()
             prompts = [self._chat.encode_prompt(row.messages) for row in planned]
+            for place in order.left_out:
+                prompts[place] = [DUMMY_TOKEN] * len(prompts[place])
             seeds = [rollout_seed(self._config.seed, row.rollout_id) for row in planned]
             responses = self._engine.generate(prompts, seeds, self._config)
-            made = iter(zip(prompts, responses, strict=True))
-            rows = 0
-            dropped: dict[int, str] = {}
-            for unit in units:
-                rollouts = [
+            if not order.trial:
+                self._keep(order, prompts, responses)
+        tokens = sum(len(response.token_ids) for response in responses)
+        return Sampled(tokens=tokens, busy=Busy(activity="generate", start=begin, stop=time.time()))
+
+    def _keep(self, order: Order, prompts: Sequence[list[int]], responses: Sequence[Response]) -> None:
+        made = iter(enumerate(zip(prompts, responses, strict=True)))
+        kept = self._sampled[order.window] = []
+        for unit in order.units:
+            rollouts = []
+            for row, role in zip(unit.rows, unit.roles, strict=True):
+                place, (prompt, response) = next(made)
+                if place in order.left_out:
+                    reason = order.left_out[place]
+                    rollouts.append(quarantined_rollout(row, role, chat=self._chat, reason=reason))
+                    continue
+                rollouts.append(
                     generated_rollout(
                         row,
                         role,
-                        *next(made),
+                        prompt,
+                        response,
                         chat=self._chat,
                         config=self._config,
                         max_positions=self._checkpoint.max_positions,
                     )
-                    for row, role in zip(unit.rows, unit.roles, strict=True)
-                ]
-                if not unit.committed:
-                    commit_rollouts(self._fence, unit, rollouts)
-                    rows += len(rollouts)
-                    dropped |= _dropped(rollouts)
-        tokens = sum(len(response.token_ids) for response in responses)
-        return GenerationReport(rows=rows, dropped=dropped, tokens=tokens)
+                )
+            kept.append((unit, rollouts))
+
+    @ray.method(concurrency_group="store")
+    def commit(self, window: int) -> Stored:
+        """Publish and record the units of the window that are not there yet."""
+        begin = time.time()
+        rows = 0
+        dropped: dict[int, str] = {}
+        for unit, rollouts in self._sampled.pop(window):
+            if not unit.committed:
+                commit_rollouts(self._fence, unit, rollouts)
+                rows += len(rollouts)
+                dropped |= drops(rollouts)
+        return Stored(rows=rows, dropped=dropped, busy=Busy(activity="commit", start=begin, stop=time.time()))
 
 
-def import_unit(fence: Fence, unit: UnitPlan, chat: ChatFormat, max_positions: int | None) -> GenerationReport:
+def import_unit(fence: Fence, unit: UnitPlan, chat: ChatFormat, max_positions: int | None) -> list[Rollout]:
     """Commit one unit of imported responses; no model is needed, so this runs in the driver."""
     rollouts = [
         imported_rollout(row, role, chat=chat, max_positions=max_positions)
         for row, role in zip(unit.rows, unit.roles, strict=True)
     ]
     commit_rollouts(fence, unit, rollouts)
-    return GenerationReport(
-        rows=len(rollouts),
-        dropped=_dropped(rollouts),
-        tokens=sum(len(rollout.response_token_ids) for rollout in rollouts),
-    )
+    return rollouts
 
 
 def commit_rollouts(fence: Fence, unit: UnitPlan, rollouts: Sequence[Rollout]) -> None:
@@ -120,13 +169,14 @@ def commit_rollouts(fence: Fence, unit: UnitPlan, rollouts: Sequence[Rollout]) -
         (ROLLOUTS, unit.unit, 0),
         {rollouts_key(unit.unit): encode_rollouts(rollouts)},
         rows=range(rollouts[0].row, rollouts[-1].row + 1),
-        dropped=_dropped(rollouts),
+        dropped=drops(rollouts),
         generation=unit.generation,
         inspect=partial(inspect_rollouts, {row.row: row.rollout_id for row in unit.rows}),
     )
 
 
-def _dropped(rollouts: Sequence[Rollout]) -> dict[int, str]:
+def drops(rollouts: Sequence[Rollout]) -> dict[int, str]:
+    """Row -> reason."""
     return {rollout.row: rollout.dropped for rollout in rollouts if rollout.dropped is not None}
 
 

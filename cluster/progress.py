@@ -6,7 +6,18 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from personaspace.cluster.events import Committed, Event, Note, Progressed, StepFinished, StepStarted
+from personaspace.cluster.events import (
+    Committed,
+    Event,
+    Note,
+    Progressed,
+    Quarantined,
+    ReplicaLost,
+    ReplicaStarted,
+    StepFinished,
+    StepStarted,
+)
+from personaspace.store.catalog import human_bytes
 
 PLAIN_INTERVAL = 30.0
 """Seconds between lines when the output is not a terminal."""
@@ -56,6 +67,22 @@ class ProgressDisplay:
             case Note():
                 self._line(event.text, even_live=True)
                 return
+            case ReplicaStarted():
+                slowest = max(worker.seconds for worker in event.workers)
+                held = human_bytes(max(worker.resident for worker in event.workers))
+                nodes = len({worker.node for worker in event.workers})
+                self._line(
+                    f"{event.step}: replica {event.replica} is ready: {len(event.workers)} worker(s) on {nodes} "
+                    f"node(s), loaded in {slowest:.1f} s, {held} in the largest",
+                    even_live=False,
+                )
+            case ReplicaLost():
+                again = f"; {event.windows} window(s) run again" if event.windows else ""
+                self._line(f"{event.step}: lost replica {event.replica}: {event.reason}{again}", even_live=True)
+                self._step.repeated += event.rollouts
+            case Quarantined():
+                for rollout, why in event.rollouts.items():
+                    self._line(f"{event.step}: dropped rollout {rollout}: {why}", even_live=True)
             case StepFinished():
                 self._line(self._step.summary(), even_live=True)
         self._refresh()
@@ -84,6 +111,8 @@ class Step:
         self.rows = rows
         self.committed = rows_done
         self.dropped = 0
+        self.repeated = 0
+        """Rollouts that came through and were lost with their replica."""
         self._tokens = 0
         self._processed = rows_done
         self._processed_before = rows_done
@@ -108,7 +137,8 @@ class Step:
     def summary(self) -> str:
         seconds = time.monotonic() - self._start
         dropped = f", {self.dropped} dropped" if self.dropped else ""
-        return f"{self.name}: {self.committed} rollouts committed{dropped}, {_duration(seconds)}, {self.rate()}"
+        again = f", {self.repeated} run again" if self.repeated else ""
+        return f"{self.name}: {self.committed} rollouts committed{dropped}{again}, {_duration(seconds)}, {self.rate()}"
 
 
 def _duration(seconds: float) -> str:

@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,6 +14,8 @@ import ray
 
 from personaspace.cluster.config import ClusterConfig
 from personaspace.cluster.job import Job
+from personaspace.cluster.replicas import alive_nodes
+from personaspace.cluster.room import Workers, room, share
 from personaspace.store.creation import refuse_foreign, write_run
 from personaspace.store.errors import InputError, PersonaspaceError
 from personaspace.store.holding import holding
@@ -27,25 +29,6 @@ class Interrupted(PersonaspaceError):
     """Ctrl-C or SIGTERM. The run can be resumed."""
 
     exit_code = 130
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Workers:
-    """What each actor gets of the cluster."""
-
-    device: str
-    """`cpu` or `cuda`."""
-    cpus: float
-    """CPUs of one actor, as Ray counts them; less than one where there are more actors than CPUs."""
-    gpus: int
-
-    @property
-    def threads(self) -> int:
-        return max(1, int(self.cpus))
-
-    def options(self) -> dict[str, Any]:
-        """Ray options of one actor."""
-        return {"num_cpus": self.cpus, "num_gpus": self.gpus}
 
 
 @contextmanager
@@ -99,19 +82,20 @@ def ray_cluster(config: ClusterConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def share(config: ClusterConfig, actors: int) -> Workers:
-    """Divide the cluster among ``actors``. Raises InputError if there are not enough GPUs."""
-    resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-    if not cpus:
-        raise InputError("cluster: it has no CPUs for actors; start its nodes with --num-cpus.")
-    device = config.device if config.device != "auto" else ("cuda" if gpus else "cpu")
-    if device == "cuda" and gpus < actors:
+def share_cluster(config: ClusterConfig, actors: int) -> Workers:
+    """What each actor gets, of a replica of so many.
+
+    Raises InputError if the cluster can't be shared so, or if this process's own cluster has no room for one replica:
+    nobody will join that one.
+    """
+    nodes = alive_nodes()
+    workers = share(nodes, config.device, actors, config.replicas)
+    if ray_address(config) is None and not room(nodes, workers, actors):
         raise InputError(
-            f"cluster: {actors} actors need a GPU each, and the cluster has {gpus}. Lower cluster.generators, "
-            "or cluster.stages times cluster.replicas, or set cluster.device to cpu."
+            f"cluster: a replica needs {actors} GPU(s), and this machine has {sum(node.gpus for node in nodes):g}. "
+            "Lower cluster.stages, or set cluster.device to cpu."
         )
-    return Workers(device=device, cpus=cpus // actors or cpus / actors, gpus=1 if device == "cuda" else 0)
+    return workers
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Ray actors that extract: each holds a slice of the layers, pools them, and writes its own layer groups."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,7 +11,9 @@ import ray
 import torch
 from numpy.typing import NDArray
 
+from personaspace.cluster.events import Busy, Loaded
 from personaspace.cluster.faults import explain
+from personaspace.cluster.replicas import loaded
 from personaspace.extract.checkpoint import Checkpoint
 from personaspace.extract.collect import Expected, WindowBuffer, inspect_shard_values, shard_values
 from personaspace.extract.config import Attention, Dtype
@@ -21,7 +24,6 @@ from personaspace.extract.slicing import load_slice
 from personaspace.extract.stage import Stage
 from personaspace.store.commit import commit
 from personaspace.store.config import Precision
-from personaspace.store.errors import PersonaspaceError
 from personaspace.store.layout import Layout, shard_key
 from personaspace.store.lease import Fence
 from personaspace.store.schema import ArraySpec, decode_shard, encode_shard
@@ -76,6 +78,21 @@ class Ran:
     """The most parts in which a stage ran it: more than one where memory ran out."""
     failed: Mapping[int, str] = field(default_factory=dict)
     """Row -> reason, for rollouts that a stage could not run; what later stages got of them means nothing."""
+    busy: tuple[Busy, ...] = ()
+    """When each stage worked on it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    """A micro-batch to run, and what to do with it."""
+
+    window: int
+    batch: MicroBatch
+    rollout_ids: tuple[str, ...]
+    left_out: Mapping[int, str] = field(default_factory=dict)
+    """Place in the micro-batch -> why a dummy is run instead."""
+    trial: bool = False
+    """Nothing is kept of it."""
 
 
 @ray.remote(concurrency_groups={"store": 1})
@@ -89,15 +106,10 @@ class StageActor:
         self._readout = Readout.of_arrays(spec.arrays)
         self._places = {place.spec.record: place for place in self._readout.places(spec.arrays)}
         self._windows: dict[int, WindowBuffer] = {}
-        # What an actor raises while it is made reaches the driver as text only.
-        self._refusal: PersonaspaceError | None = None
-        try:
-            self._load()
-        except PersonaspaceError as refusal:
-            self._refusal = refusal
 
-    def _load(self) -> None:
-        spec = self._spec
+    def load(self) -> Loaded:
+        """Load the stage's layers and check that they can be read. Raises UnsupportedModelError."""
+        spec, begin = self._spec, time.monotonic()
         model = load_slice(
             spec.checkpoint,
             first=spec.first,
@@ -109,37 +121,42 @@ class StageActor:
         )
         self._stage = Stage(model, last=spec.last, sites=self._readout.sites, layers=spec.layers)
         check_stage(self._stage, packed=spec.packed)
+        return loaded(begin)
 
     @ray.method(num_returns=2)
-    def forward(
-        self,
-        window: int,
-        batch: MicroBatch,
-        rollout_ids: Sequence[str],
-        received: NDArray[Any] | None,
-        before: Ran,
-    ) -> tuple[NDArray[Any] | None, Ran]:
-        """Run one micro-batch; keep what it gives for ``window``. Returns the next stage's states.
+    def forward(self, order: Order, received: NDArray[Any] | None, before: Ran) -> tuple[NDArray[Any] | None, Ran]:
+        """Run one micro-batch, and keep what it gives until its window is committed. Returns the next stage's states.
 
-        Also returns how it has fared so far; ``before`` says that of the earlier stages. Raises the error of a stage
-        that could not be made.
+        Also returns how it has fared so far; ``before`` says that of the earlier stages.
         """
-        if self._refusal is not None:
-            raise self._refusal
-        with explain(self._name, rollout_ids):
-            output = self._stage.forward(batch, None if received is None else from_wire(received, self._spec.dtype))
-            buffer = self._windows.setdefault(window, WindowBuffer())
-            buffer.add(batch, output, split=before.parts > 1, failed=before.failed)
-            ran = Ran(parts=max(before.parts, output.parts), failed={**output.failed, **before.failed})
-            return None if output.hidden_BTD is None else to_wire(output.hidden_BTD), ran
+        with explain(self._name, order.rollout_ids):
+            begin, batch = time.time(), order.batch
+            states_BTD = None if received is None else from_wire(received, self._spec.dtype)
+            output = self._stage.forward(batch.blank(order.left_out) if order.left_out else batch, states_BTD)
+            failed = {batch.rows[place]: why for place, why in order.left_out.items()}
+            if not order.trial:
+                buffer = self._windows.setdefault(order.window, WindowBuffer())
+                buffer.add(batch, output, split=before.parts > 1, failed={**before.failed, **failed})
+            sent = None if output.hidden_BTD is None else to_wire(output.hidden_BTD)
+            if self._spec.device == "cuda":
+                # What fails on the device fails here, where its rollouts are known; the next one is waiting already.
+                torch.cuda.synchronize()
+            ran = Ran(
+                parts=max(before.parts, output.parts),
+                failed={**output.failed, **before.failed},
+                busy=(*before.busy, Busy(activity="forward", start=begin, stop=time.time())),
+            )
+            return sent, ran
 
     @ray.method(concurrency_group="store")
-    def commit(self, window: int, units: Sequence[UnitShards]) -> None:
+    def commit(self, window: int, units: Sequence[UnitShards]) -> Busy:
         """Check, encode, publish and record the window's shards, then forget the window."""
+        begin = time.time()
         buffer = self._windows.pop(window, WindowBuffer())
         for unit in units:
             if unit.shards:
                 self._commit_unit(unit, buffer)
+        return Busy(activity="commit", start=begin, stop=time.time())
 
     def _commit_unit(self, unit: UnitShards, buffer: WindowBuffer) -> None:
         spec, layout = self._spec, self._spec.layout

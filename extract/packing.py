@@ -2,7 +2,7 @@
 
 import hashlib
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -11,6 +11,8 @@ from personaspace.extract.config import Attention, Packing
 
 Segment = tuple[int, int]
 """Tokens ``[start, stop)`` of one rollout whose states are summed."""
+DUMMY_TOKEN = 0
+"""Fills the place of a rollout that may not be run."""
 WASTE = 0.03
 """Share of the token budget that a further micro-batch must save in padding to be worth it."""
 
@@ -56,6 +58,15 @@ class MicroBatch:
             (batch, origin + start, origin + stop)
             for (batch, origin), segments in zip(self.origins, self.segments, strict=True)
             for start, stop in segments
+        )
+
+    def blank(self, places: Collection[int]) -> "MicroBatch":
+        """The same with dummies of the same lengths in these places: all shapes and other rollouts stay as they are."""
+        return replace(
+            self,
+            token_ids=tuple(
+                (DUMMY_TOKEN,) * len(ids) if place in places else ids for place, ids in enumerate(self.token_ids)
+            ),
         )
 
     def part(self, first: int, stop: int) -> "MicroBatch":

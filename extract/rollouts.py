@@ -78,6 +78,14 @@ def awaited_rollout(planned: PlannedRollout, role: str, *, chat: ChatFormat) -> 
     return _rollout(planned, role, conversation, "", AWAITED, chat.template_hash, sampling={}, seed=0, dropped=None)
 
 
+def quarantined_rollout(planned: PlannedRollout, role: str, *, chat: ChatFormat, reason: str) -> Rollout:
+    """A rollout that can't be sampled, dropped with the reason."""
+    conversation = Conversation(prompt=chat.encode_prompt(planned.messages), response=[], spans=[])
+    return _rollout(
+        planned, role, conversation, "", "quarantined", chat.template_hash, sampling={}, seed=0, dropped=reason
+    )
+
+
 def why_dropped(conversation: Conversation, response: str, max_positions: int | None) -> str | None:
     """Why a conversation can't be averaged, or None. ``max_positions``: the model's context in tokens, if known."""
     if not conversation.response:

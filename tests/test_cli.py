@@ -20,7 +20,7 @@ generate: {{max_new_tokens: 6, batch_rows: 24}}
 extract: {{micro_batch_tokens: 1024, window_rows: 16}}
 store: {{root: {root}, run: tiny}}
 analysis: {{permutations: 20, components: 3}}
-cluster: {{stages: 2, generators: 2, replicas: 2}}
+cluster: {{stages: 2, replicas: 2}}
 """
 
 

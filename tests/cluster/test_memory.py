@@ -1,7 +1,7 @@
 """Memory that runs out in one stage: its micro-batches run in parts, the records say so, and a rollout fails alone."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from personaspace.cluster import extraction
-from personaspace.cluster.events import Note
-from personaspace.cluster.stages import StageActor, StageSpec
+from personaspace.cluster.events import Loaded, Note
+from personaspace.cluster.stages import StageActor
 from personaspace.extract.stage import OUT_OF_MEMORY
 from personaspace.store import open_run
 from personaspace.store.records import COORDINATES_RECORD, read_records
@@ -32,10 +32,12 @@ StageWorker: Any = StageActor.__ray_metadata__.modified_class.__ray_actor_class_
 class ScarceActor(StageWorker):
     """A stage actor whose first stage asks for more memory than there is, if it gets too much at once."""
 
-    def __init__(self, spec: StageSpec) -> None:
-        super().__init__(spec)
-        if spec.first == 0:
+    def load(self) -> Loaded:
+        loaded = super().load()
+        if self._spec.first == 0:
             self._stage.model.blocks[1].register_forward_pre_hook(self._ask)
+
+        return cast(Loaded, loaded)
 
     @staticmethod
     def _ask(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:

@@ -144,7 +144,7 @@ def test_nothing_behind_the_last_layer_that_is_asked_for_is_run(place: Path, who
         check_stages(job, ClusterConfig(stages=3))
     # The first of two stages has no layer to read: it only hands on.
     [note] = [event.text for event in run_job(job, stages=2) if isinstance(event, Note)]
-    assert "1 replica(s) of 2 stage(s), layers cut at [0, 2, 4], " in note
+    assert "replicas of 2 stage(s), layers cut at [0, 2, 4], " in note
     run, expected = open_run(job.folder).load(), open_run(whole.folder).load()
     np.testing.assert_array_equal(run[RESID_POST_MEAN].values[:, 2:4], expected[RESID_POST_MEAN].values[:, 2:4])
     assert np.isnan(run[RESID_POST_MEAN].values[:, [0, 1, 4, 5]]).all()
