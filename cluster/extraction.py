@@ -123,7 +123,7 @@ def _run(
             f"each, on {workers.device}"
         )
     )
-    Supervisor("extract", schedule, formation, work, cluster, report).run()
+    Supervisor("extract", schedule, formation, work, cluster, report, patience=job.store.patience).run()
 
 
 def stage_specs(

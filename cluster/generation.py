@@ -100,7 +100,7 @@ def _sample(job: Job, fence: Fence, cluster: ClusterConfig, missing: set[int], r
         range(len(batches)), work.open_window, in_flight=1, uncommitted=UNCOMMITTED_BATCHES, attempts=cluster.attempts
     )
     report(Note(text=f"generate: {workers.threads} thread(s) for each generator, on {workers.device}"))
-    Supervisor("generate", schedule, formation, work, cluster, report).run()
+    Supervisor("generate", schedule, formation, work, cluster, report, patience=job.store.patience).run()
 
 
 class Generation:

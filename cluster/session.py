@@ -22,6 +22,7 @@ from personaspace.store.holding import holding
 from personaspace.store.index import write_index
 from personaspace.store.lease import Fence
 from personaspace.store.location import is_local
+from personaspace.store.patience import PatientFolder
 from personaspace.store.provenance import session_entry
 
 
@@ -33,12 +34,15 @@ class Interrupted(PersonaspaceError):
 
 @contextmanager
 def hold_run(job: Job, say: Callable[[str], None]) -> Iterator[Fence]:
-    """Hold the run's lease; create the run, or let it grow, as the job plans; note this session in run.json."""
+    """Hold the run's lease; create the run, or let it grow, as the job plans; note this session in run.json.
+
+    Through the folder of what it yields, storage that fails is waited for, for ``store.patience`` seconds.
+    """
     refuse_foreign(job.folder)
     with holding(job.folder, job.existing, timeout=job.store.lease_timeout, say=say) as fence:
         sessions = (*job.manifest.sessions, session_entry(fence.epoch))
         stored = write_run(fence, job.existing, replace(job.manifest, sessions=sessions), job.planned_rows())
-        yield fence
+        yield replace(fence, folder=PatientFolder(fence.folder, job.store.patience))
         write_index(fence, stored)
         job.folder.clear_scratch()
 

@@ -60,14 +60,22 @@ class Supervisor:
     """Runs ``work`` on replicas of ``formation`` as ``schedule`` says.
 
     As many replicas as ``config`` asks for, or as there is room for on the nodes that are there at the time. One that
-    loses an actor, raises, or hangs is ended and started anew.
+    loses an actor, raises, or hangs is ended and started anew. Workers may wait ``patience`` seconds for storage.
     """
 
     def __init__(
-        self, step: str, schedule: Schedule, formation: Formation, work: Work, config: ClusterConfig, report: Report
+        self,
+        step: str,
+        schedule: Schedule,
+        formation: Formation,
+        work: Work,
+        config: ClusterConfig,
+        report: Report,
+        *,
+        patience: float,
     ) -> None:
         self._step, self._schedule, self._formation, self._work = step, schedule, formation, work
-        self._config, self._report = config, report
+        self._config, self._report, self._patience = config, report, patience
         self._replicas: dict[int, Replica] = {}
         self._calls: dict[Any, _Call] = {}
         """Reference -> the call that it answers."""
@@ -207,10 +215,13 @@ class Supervisor:
         """Look after replicas: enough of them, none of them hung."""
         now = self._last_tick = time.monotonic()
         self._report(Waiting())
+        computing = {call.replica.number for call in self._calls.values() if isinstance(call.action, Task)}
         for replica in list(self._replicas.values()):
             if not replica.placed and is_placed(replica):
                 replica.placed, replica.heard = True, now
             limit = self._config.stall_timeout if replica.active else self._config.start_timeout
+            if replica.active and replica.number not in computing:
+                limit += self._patience  # It waits for storage.
             if replica.placed and replica.unanswered and now - replica.heard > limit:
                 doing = "at work" if replica.active else "loading its model"
                 self._lose(replica, WorkerError(f"no answer for {limit:.0f} s while {doing}"), blame=None)

@@ -38,6 +38,7 @@ def carry_out(config: RunConfig, steps: Sequence[str]) -> None:
                 fence = stack.enter_context(hold_run(job, say=print))
                 stack.enter_context(ray_cluster(config.cluster))
                 check_nodes(job.folder)
+                job = replace(job, folder=fence.folder)
                 if "generate" in steps or config.generate.responses is not None:
                     generate(job, fence, config.cluster, report)
                 if "extract" in steps:
@@ -65,7 +66,7 @@ def compute_again(folder: Folder, found: Verification, flags: Sequence[str]) -> 
             if redo:
                 stack.enter_context(ray_cluster(config.cluster))
                 check_nodes(job.folder)
-                job = replace(job, redo=redo)
+                job = replace(job, folder=fence.folder, redo=redo)
                 generate(job, fence, config.cluster, display.report)
                 extract(job, fence, config.cluster, display.report)
 

@@ -29,3 +29,5 @@ class StoreConfig:
     the number of layers that gives at least six groups."""
     lease_timeout: Annotated[float, Ge(1)] = 60.0
     """Seconds without a sign of life after which another host's driver counts as dead (execution)."""
+    patience: Annotated[float, Ge(0)] = 300.0
+    """Seconds for which a run that is at work waits for storage that fails, with growing pauses (execution)."""

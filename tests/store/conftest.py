@@ -1,5 +1,8 @@
 """Storages for the store's tests."""
 
+import os
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,3 +50,26 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
         return LocalFolder(tmp_path / "run")
     monkeypatch.setattr(local, "os", LOSSY_OS)
     return NfsFolder(tmp_path / "run")
+
+
+@pytest.fixture
+def open_place() -> Iterator[Path]:
+    """A folder that every user may enter, as pytest's own are not."""
+    with tempfile.TemporaryDirectory() as path:
+        os.chmod(path, 0o755)
+        yield Path(path)
+
+
+@pytest.fixture
+def disk(open_place: Path) -> Iterator[Path]:
+    """A file system of 512 kB."""
+    place = open_place / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k,mode=777", "tmpfs", str(place)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"NOT TESTED: disks that are full or read-only, since this user may not mount: {done.stderr}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)

@@ -4,10 +4,9 @@ import multiprocessing
 import os
 import re
 import subprocess
-import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,29 +31,6 @@ from tests.store.storages import contents
 NOBODY = 65534
 PROCESSES = multiprocessing.get_context("fork")
 SAFE = r"What is committed is safe; the same command resumes\.$"
-
-
-@pytest.fixture
-def open_place() -> Iterator[Path]:
-    """A folder that every user may enter, as pytest's own are not."""
-    with tempfile.TemporaryDirectory() as path:
-        os.chmod(path, 0o755)
-        yield Path(path)
-
-
-@pytest.fixture
-def disk(open_place: Path) -> Iterator[Path]:
-    """A file system of 512 kB."""
-    place = open_place / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512k,mode=777", "tmpfs", str(place)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"NOT TESTED: disks that are full or read-only, since this user may not mount: {done.stderr}")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def fill(disk: Path, *, spare: int) -> Path:
