@@ -21,6 +21,7 @@ EPILOG = """\
 examples:
   personaspace run configs/demo.yaml
   personaspace run configs/demo.yaml --store.run second --generate.seed 1
+  personaspace run configs/llama.yaml configs/qwen.yaml      one after the other; --jobs 2 for both at once
   personaspace extract configs/demo.yaml --cluster.stages 3
   personaspace fit runs/demo --analysis.components 16
   personaspace preview configs/demo.yaml --role ghost --html preview.html
@@ -47,19 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _status(parsed.target)
         if parsed.help:
             print_flags(f"personaspace {parsed.command} CONFIG")
-        if parsed.target is None:
-            raise InputError(f"{parsed.command}: give a config file, such as configs/demo.yaml.")
-        if parsed.command in ("fit", "report") and not parsed.target.endswith(CONFIG_ENDINGS):
-            return _analyse(parsed.target, parsed.command, flags)
-        config = load_config(Path(parsed.target), flags, prog=f"personaspace {parsed.command} CONFIG")
-        # Heavy libraries load here, so that --help and bad config files answer at once.
-        from personaspace.run import carry_out
-
-        carry_out(config, list(STEPS)[1:] if parsed.command == "run" else [parsed.command])
+        return _carry_out(parsed, flags)
     except PersonaspaceError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,11 +67,12 @@ def _parser() -> argparse.ArgumentParser:
         # The flags' help comes from the config itself, so argparse must not answer --help here.
         command = commands.add_parser(name, help=description, add_help=False, allow_abbrev=False)
         command.add_argument(
-            "target",
-            nargs="?",
+            "targets",
+            nargs="*",
             metavar="CONFIG",
-            help="YAML file; every setting in it is also a flag. fit and report also take a run",
+            help="YAML file; every setting in it is also a flag. Several make a batch. fit and report also take a run",
         )
+        command.add_argument("--jobs", type=_positive, default=1, help="runs of a batch at a time (default 1)")
         command.add_argument("-h", "--help", action="store_true")
     preview = commands.add_parser(
         "preview",
@@ -97,6 +90,29 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("target", metavar="RUN", help="folder of a run, such as runs/demo, or its config file")
     add_commands(commands)
     return parser
+
+
+def _carry_out(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
+    """One step, or all of them, of one config, or of a batch."""
+    targets: list[str] = parsed.targets
+    if not targets:
+        raise InputError(f"{parsed.command}: give a config file, such as configs/demo.yaml.")
+    if len(targets) > 1:
+        for target in targets:
+            if not target.endswith(CONFIG_ENDINGS):
+                raise InputError(f"{parsed.command}: {target} is no YAML file; a batch is made of configs.")
+        from personaspace.batch import Batch
+
+        return Batch(parsed.command, [Path(target) for target in targets], flags, jobs=parsed.jobs).run()
+    [target] = targets
+    if parsed.command in ("fit", "report") and not target.endswith(CONFIG_ENDINGS):
+        return _analyse(target, parsed.command, flags)
+    config = load_config(Path(target), flags, prog=f"personaspace {parsed.command} CONFIG")
+    # Heavy libraries load here, so that --help and bad config files answer at once.
+    from personaspace.run import carry_out
+
+    carry_out(config, list(STEPS)[1:] if parsed.command == "run" else [parsed.command])
+    return 0
 
 
 def _analyse(target: str, step: str, flags: Sequence[str]) -> int:
