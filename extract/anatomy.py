@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from personaspace.extract.checkpoint import Checkpoint
 from personaspace.store.errors import PersonaspaceError
@@ -57,12 +57,13 @@ def dissect(backbone: PreTrainedModel, layers: int) -> Anatomy:
     )
 
 
-def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The backbone without weights: tells class and structure at no cost."""
+def empty_model(checkpoint: Checkpoint, *, head: bool = False) -> PreTrainedModel:
+    """The backbone without weights, or the whole model with its head: tells class and structure at no cost."""
     config = AutoConfig.from_pretrained(checkpoint.source, **checkpoint.loading())
+    kind = AutoModelForCausalLM if head else AutoModel
     try:
         with init_empty_weights():
-            model: PreTrainedModel = AutoModel.from_config(config, trust_remote_code=checkpoint.trust_remote_code)
+            model: PreTrainedModel = kind.from_config(config, trust_remote_code=checkpoint.trust_remote_code)
     except ValueError as error:
         raise UnsupportedModelError(
             f"{checkpoint.source}: transformers has no model for {config.model_type}: {error}"
