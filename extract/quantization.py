@@ -37,8 +37,8 @@ def read_quantization(config: Any, source: str) -> dict[str, Any] | None:
         raise InputError(f"model.id: {source}: its quantization_config can't be used: {error}") from error
     if not known:
         raise InputError(
-            f"model.id: {source} is quantised by {method_of(quantization)}, which this version of transformers does not "
-            "know; use a checkpoint that is not quantised, or another version."
+            f"model.id: {source} is quantised by {method_of(quantization)}, which this version of transformers does "
+            "not know. Use a checkpoint that is not quantised, or another version."
         )
     return quantization
 

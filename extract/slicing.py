@@ -76,9 +76,9 @@ def load_slice(
     Blocks outside the slice, the final norm, and what is not text are pass-throughs. The model is pruned before
     transformers loads it, so that tensors of other stages are never read, while transformers' own weight conversions
     and quantizers stay in force. Of a Hugging Face id only the files that hold the slice's weights are downloaded, once
-    for all processes of a machine. ``compiled`` has torch.compile make one kernel for all blocks of a kind, when the slice first runs.
-    Raises UnsupportedModelError for weights that are missing or can't be loaded, and InputError for a file that can't be
-    downloaded or a package that quantised weights need.
+    for all processes of a machine. ``compiled`` has torch.compile make one kernel for all blocks of a kind, when the
+    slice first runs. Raises UnsupportedModelError for weights that are missing or can't be loaded, and InputError for a
+    file that can't be downloaded or a package that quantised weights need.
     """
     check_packages(checkpoint.source, checkpoint.quantization)
     # Names in a quantisation's config are those of the model with its head.
