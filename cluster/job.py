@@ -22,6 +22,7 @@ from personaspace.extract.personas import (
     plan_imported,
     plan_personas,
 )
+from personaspace.extract.quantization import check_packages
 from personaspace.extract.reductions import Readout
 from personaspace.extract.sites import check_compilable
 from personaspace.store.config import StoreConfig
@@ -135,6 +136,7 @@ def prepare(
     refuse_frozen(folder, existing)
     checkpoint = resolve(model)
     check_supported(checkpoint)
+    check_packages(checkpoint.source, checkpoint.quantization)
     chat = ChatFormat(checkpoint, model)
     plan = plan_rollouts(personas, generate, checkpoint)
     layout = _layout(plan, checkpoint, store, None if existing is None else existing.layout)
@@ -147,6 +149,8 @@ def prepare(
             "attention": model.attention,
             "template_hash": chat.template_hash,
             "system_policy": chat.system_policy,
+            # Only where weights are quantised: runs of other models stay the same.
+            **({"quantization": checkpoint.quantization} if checkpoint.quantization else {}),
         },
         "generate": _generation(generate),
         "extract": {

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from personaspace.extract.checkpoint import Checkpoint
 from personaspace.store.errors import PersonaspaceError
+
+_WITH_HEAD = (AutoModelForCausalLM, AutoModelForImageTextToText)
 
 
 class UnsupportedModelError(PersonaspaceError):
@@ -57,17 +59,20 @@ def dissect(backbone: PreTrainedModel, layers: int) -> Anatomy:
     )
 
 
-def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The backbone without weights: tells class and structure at no cost."""
+def empty_model(checkpoint: Checkpoint, *, head: bool = False) -> PreTrainedModel:
+    """The backbone without weights, or the whole model with its head: tells class and structure at no cost."""
     config = AutoConfig.from_pretrained(checkpoint.source, **checkpoint.loading())
-    try:
-        with init_empty_weights():
-            model: PreTrainedModel = AutoModel.from_config(config, trust_remote_code=checkpoint.trust_remote_code)
-    except ValueError as error:
-        raise UnsupportedModelError(
-            f"{checkpoint.source}: transformers has no model for {config.model_type}: {error}"
-        ) from error
-    return model
+    refusal: ValueError | None = None
+    for kind in (*_WITH_HEAD, AutoModel) if head else (AutoModel,):
+        try:
+            with init_empty_weights():
+                model: PreTrainedModel = kind.from_config(config, trust_remote_code=checkpoint.trust_remote_code)
+            return model
+        except ValueError as error:
+            refusal = error
+    raise UnsupportedModelError(
+        f"{checkpoint.source}: transformers has no model for {config.model_type}: {refusal}"
+    ) from refusal
 
 
 def check_supported(checkpoint: Checkpoint) -> None:

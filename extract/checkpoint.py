@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, snapshot_download
 from transformers import AutoConfig
 
 from personaspace.extract.config import ModelConfig
+from personaspace.extract.quantization import read_quantization
 from personaspace.store.errors import InputError
 
 _HASHED = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin", ".py")
@@ -32,6 +33,8 @@ class Checkpoint:
     max_positions: int | None
     """Longest context the model was made for, in tokens; None where its config does not say."""
     trust_remote_code: bool
+    quantization: dict[str, Any] | None = None
+    """What its config says of quantised weights; None where they are not."""
 
     def loading(self) -> dict[str, Any]:
         """Arguments that every `from_pretrained` of this checkpoint takes."""
@@ -67,6 +70,7 @@ def resolve(config: ModelConfig) -> Checkpoint:
         hidden=text.hidden_size,
         max_positions=getattr(text, "max_position_embeddings", None),
         trust_remote_code=config.trust_remote_code,
+        quantization=read_quantization(loaded, source),
     )
 
 

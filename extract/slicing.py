@@ -1,4 +1,4 @@
-"""Loading a slice of a checkpoint: only the weights of its own blocks are ever read."""
+"""Loading a slice of a checkpoint: only the weights of its own blocks are ever read, from the files that hold them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from personaspace.extract.anatomy import UnsupportedModelError, dissect, empty_model
 from personaspace.extract.checkpoint import Checkpoint
 from personaspace.extract.config import Attention, Dtype
+from personaspace.extract.quantization import check_packages
+from personaspace.extract.weights import local_folder, slice_files
 
 
 class PassThrough(nn.Module):
@@ -73,35 +75,46 @@ def load_slice(
 
     Blocks outside the slice, the final norm, and what is not text are pass-throughs. The model is pruned before
     transformers loads it, so that tensors of other stages are never read, while transformers' own weight conversions
-    stay in force. ``compiled`` has torch.compile make one kernel for all blocks of a kind, when the slice first runs.
-    Raises UnsupportedModelError for weights that are missing or can't be loaded.
+    and quantizers stay in force. Of a Hugging Face id only the files that hold the slice's weights are downloaded, once
+    for all processes of a machine. ``compiled`` has torch.compile make one kernel for all blocks of a kind, when the
+    slice first runs. Raises UnsupportedModelError for weights that are missing or can't be loaded, and InputError for a
+    file that can't be downloaded or a package that quantised weights need.
     """
-    whole = empty_model(checkpoint)
-    backbone_class: type[PreTrainedModel] = type(whole)
+    check_packages(checkpoint.source, checkpoint.quantization)
+    # Names in a quantisation's config are those of the model with its head.
+    whole = empty_model(checkpoint, head=checkpoint.quantization is not None)
+    whole_class: type[PreTrainedModel] = type(whole)
+    folder = local_folder(checkpoint, whole.config)
 
-    def prune_on_init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-        backbone_class.__init__(self, *args, **kwargs)
-        _prune(self, checkpoint.layers, range(first, stop))
+    def load_pruned(
+        model: PreTrainedModel, state_dict: Any, files: list[str], load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        # Only now: a quantizer chooses the modules that it replaces by looking at the whole model.
+        _prune(model, checkpoint.layers, range(first, stop))
+        files = slice_files(model, checkpoint, folder, files, load_config)
+        return whole_class._load_pretrained_model(
+            model, state_dict if files else {}, files, load_config, *args, **kwargs
+        )
 
     overrides = {
-        "__init__": prune_on_init,
+        "_load_pretrained_model": staticmethod(load_pruned),
         # With another module transformers takes the class for custom code and skips its weight conversions.
-        "__module__": backbone_class.__module__,
+        "__module__": whole_class.__module__,
         # Tensors of other stages are unexpected on purpose.
         "_keys_to_ignore_on_load_unexpected": [r".*"],
     }
-    sliced: Any = type(backbone_class.__name__, (backbone_class,), overrides)
+    sliced: Any = type(whole_class.__name__, (whole_class,), overrides)
     try:
         model, loading = sliced.from_pretrained(
-            checkpoint.source,
+            folder,
             config=whole.config,
             dtype=getattr(torch, dtype),
             device_map=device,
             attn_implementation=None if attention == "auto" else attention,
             output_loading_info=True,
-            **checkpoint.loading(),
+            trust_remote_code=checkpoint.trust_remote_code,
         )
-    except (RuntimeError, ValueError, ImportError, AttributeError) as error:
+    except (RuntimeError, ValueError, ImportError, AttributeError, OSError) as error:
         raise UnsupportedModelError(
             f"{checkpoint.source}: transformers cannot load layers {first} to {stop - 1}: {error}"
         ) from error
@@ -112,6 +125,9 @@ def load_slice(
             f"{checkpoint.source}: {len(loading['missing_keys'])} weights of layers {first} to {stop - 1} are not in "
             f"the checkpoint ({missing}, ...)."
         )
+    for hook in list(model._forward_pre_hooks.values()) if checkpoint.quantization else ():
+        # What a quantizer does before the first pass of the whole model, which is never run as such.
+        hook(model, ())
     parts = dissect(cast(PreTrainedModel, model.eval()), checkpoint.layers)
     for block in parts.blocks[first:stop] if compiled else ():
         # Not the module: hooks on a block see its states outside of what is compiled.
@@ -138,6 +154,11 @@ def _prune(backbone: PreTrainedModel, layers: int, owned: Sequence[int]) -> None
     if owned[0] > 0:
         parts.decoder.set_input_embeddings(PassThrough(parts.embedding))
     _keep_only(backbone, parts.decoder)
+    left = backbone.state_dict()
+    # A weight can't be tied to one that is gone.
+    backbone.all_tied_weights_keys = {
+        target: source for target, source in backbone.all_tied_weights_keys.items() if {target, source} <= left.keys()
+    }
 
 
 def _keep_only(module: nn.Module, decoder: nn.Module) -> None:
