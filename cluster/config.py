@@ -25,6 +25,9 @@ class ClusterConfig:
     ranks of a DeepSpeed gang. `offload`: one actor, with weights in host memory or on disk."""
     stages: Annotated[int, Ge(1)] | None = None
     """Actors of a pipeline. Default: as few as the memory of a device allows."""
+    transport: Literal["objects", "direct"] = "objects"
+    """How hidden states go from stage to stage: as objects of Ray's, or from device to device with Ray Direct Transport
+    (alpha in Ray; NCCL on GPUs, gloo on CPUs)."""
     in_flight: Annotated[int, Ge(1)] | None = None
     """Micro-batches on their way through a replica at once. Default: twice the stages, or less where the nodes' object
     stores are small."""

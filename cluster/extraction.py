@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
+from ray.experimental.collective import create_collective_group
+
 from personaspace.cluster.adoption import adopt_orphans
 from personaspace.cluster.config import ClusterConfig
 from personaspace.cluster.coordinates import commit_coordinates
@@ -100,14 +102,18 @@ def _run(
     missing = {array for units in windows for unit in units for array, _ in job.missing_shards(committed, unit)}
     arrays = tuple(spec for spec in job.manifest.arrays if spec.record in missing)
     workers = share_cluster(cluster, stages)
-    work = Extraction(job, fence, boundaries, windows, committed, arrays, report)
-    specs = stage_specs(job, fence, boundaries, arrays, workers)
+    transport = None
+    if cluster.transport == "direct" and stages > 1:
+        transport = "nccl" if workers.device == "cuda" else "gloo"
+    work = Extraction(job, fence, boundaries, windows, committed, arrays, transport, report)
+    specs = stage_specs(job, fence, boundaries, arrays, workers, direct=transport is not None)
     formation = Formation(
         actors=stages,
         workers=workers,
         together=False,
         make=lambda place, options: cast(Any, StageActor).options(**options).remote(specs[place]),
         load=lambda actors: [actor.load.remote() for actor in actors],
+        connect=None if transport is None else lambda actors: join_directly(actors, transport),
     )
     state_bytes = job.extract.micro_batch_tokens * job.layout.hidden * (4 if job.model.dtype == "float32" else 2)
     schedule = Schedule(
@@ -126,8 +132,13 @@ def _run(
     Supervisor("extract", schedule, formation, work, cluster, report, patience=job.store.patience).run()
 
 
+def join_directly(actors: Sequence[Any], transport: str) -> None:
+    """Let a replica's stages send each other tensors by Ray Direct Transport."""
+    create_collective_group(list(actors), backend="nccl" if transport == "nccl" else "torch_gloo")
+
+
 def stage_specs(
-    job: Job, fence: Fence, boundaries: Sequence[int], arrays: tuple[ArraySpec, ...], workers: Workers
+    job: Job, fence: Fence, boundaries: Sequence[int], arrays: tuple[ArraySpec, ...], workers: Workers, *, direct: bool
 ) -> list[StageSpec]:
     """What each stage of a replica is made from."""
     layers = sorted({layer for spec in arrays for layer in spec.wanted_layers(job.layout)})
@@ -149,6 +160,7 @@ def stage_specs(
             fence=fence,
             device=workers.device,
             threads=workers.threads,
+            direct=direct,
         )
         for first, stop in pairwise(boundaries)
     ]
@@ -157,7 +169,8 @@ def stage_specs(
 class Extraction:
     """What the step asks of its replicas (supervisor.Work), and what becomes of their answers.
 
-    Windows are numbered as in ``windows``; ``committed`` says what was there before.
+    Windows are numbered as in ``windows``; ``committed`` says what was there before; ``transport`` takes hidden states
+    from stage to stage, by Ray's names (None: its object store).
     """
 
     def __init__(
@@ -168,9 +181,11 @@ class Extraction:
         windows: Sequence[tuple[int, ...]],
         committed: Mapping[Slot, int],
         arrays: tuple[ArraySpec, ...],
+        transport: str | None,
         report: Report,
     ) -> None:
         self._job, self._fence, self._boundaries, self._report = job, fence, boundaries, report
+        self._transport = transport
         self._windows, self._committed, self._arrays = windows, committed, arrays
         self._open: dict[int, WindowWork] = {}
 
@@ -190,10 +205,10 @@ class Extraction:
             left_out=dict.fromkeys(task.blanked, QUARANTINED),
             trial=task.trial,
         )
-        hidden, answer = None, Ran()
-        for actor in actors:
-            hidden, answer = actor.forward.remote(order, hidden, answer)
-        return [answer]
+        passed = None
+        for actor in actors[:-1]:
+            passed = actor.forward.options(tensor_transport=self._transport).remote(order, passed)
+        return [actors[-1].forward.remote(order, passed)]
 
     def finished(self, replica: int, task: Task, answers: Sequence[Ran]) -> None:
         """Tell what came through."""

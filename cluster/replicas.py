@@ -30,6 +30,8 @@ class Formation:
     """All on one node, or not at all; else on as few nodes as possible."""
     make: MakeActor
     load: LoadActors
+    connect: Callable[[Sequence[Any]], None] | None = None
+    """Called with a replica's actors, once all have loaded."""
 
 
 @dataclass(slots=True, eq=False)

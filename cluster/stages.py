@@ -51,6 +51,8 @@ class StageSpec:
     fence: Fence
     device: str
     threads: int
+    direct: bool
+    """Hidden states go from device to device, not through the object store."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +85,15 @@ class Ran:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Passed:
+    """What one stage hands to the next."""
+
+    states: NDArray[Any] | torch.Tensor
+    """Hidden states, as `to_wire` makes them; a tensor on the device where they go directly."""
+    ran: Ran
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Order:
     """A micro-batch to run, and what to do with it."""
 
@@ -95,7 +106,7 @@ class Order:
     """Nothing is kept of it."""
 
 
-@ray.remote(concurrency_groups={"store": 1})
+@ray.remote(concurrency_groups={"store": 1}, enable_tensor_transport=True)
 class StageActor:
     """One stage of one replica. `forward` and `commit` run in threads of their own: compute never waits for disk."""
 
@@ -123,21 +134,22 @@ class StageActor:
         check_stage(self._stage, packed=spec.packed)
         return loaded(begin)
 
-    @ray.method(num_returns=2)
-    def forward(self, order: Order, received: NDArray[Any] | None, before: Ran) -> tuple[NDArray[Any] | None, Ran]:
-        """Run one micro-batch, and keep what it gives until its window is committed. Returns the next stage's states.
+    def forward(self, order: Order, received: Passed | None) -> Passed | Ran:
+        """Run one micro-batch, and keep what it gives until its window is committed.
 
-        Also returns how it has fared so far; ``before`` says that of the earlier stages.
+        ``received`` is what the stage before gave; the last one gives how the micro-batch has fared.
         """
         with explain(self._name, order.rollout_ids):
             begin, batch = time.time(), order.batch
-            states_BTD = None if received is None else from_wire(received, self._spec.dtype)
+            before = Ran() if received is None else received.ran
+            states_BTD = None if received is None else from_wire(received.states, self._spec.dtype)
             output = self._stage.forward(batch.blank(order.left_out) if order.left_out else batch, states_BTD)
             failed = {batch.rows[place]: why for place, why in order.left_out.items()}
             if not order.trial:
                 buffer = self._windows.setdefault(order.window, WindowBuffer())
                 buffer.add(batch, output, split=before.parts > 1, failed={**before.failed, **failed})
-            sent = None if output.hidden_BTD is None else to_wire(output.hidden_BTD)
+            hidden_BTD = output.hidden_BTD
+            states = None if hidden_BTD is None else hidden_BTD if self._spec.direct else to_wire(hidden_BTD)
             if self._spec.device == "cuda":
                 # What fails on the device fails here, where its rollouts are known; the next one is waiting already.
                 torch.cuda.synchronize()
@@ -146,7 +158,7 @@ class StageActor:
                 failed={**output.failed, **before.failed},
                 busy=(*before.busy, Busy(activity="forward", start=begin, stop=time.time())),
             )
-            return sent, ran
+            return ran if states is None else Passed(states=states, ran=ran)
 
     @ray.method(concurrency_group="store")
     def commit(self, window: int, units: Sequence[UnitShards]) -> Busy:
@@ -224,8 +236,10 @@ def to_wire(h_BTD: torch.Tensor) -> NDArray[Any]:
     return h_BTD.view(torch.int16).numpy() if h_BTD.dtype == torch.bfloat16 else h_BTD.numpy()
 
 
-def from_wire(states: NDArray[Any], dtype: Dtype) -> torch.Tensor:
+def from_wire(states: NDArray[Any] | torch.Tensor, dtype: Dtype) -> torch.Tensor:
     """Hidden states from `to_wire`. The array is read-only shared memory: the model must not write into it."""
+    if isinstance(states, torch.Tensor):
+        return states
     writable = np.array(states)
     tensor = torch.from_numpy(writable)
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor

@@ -133,7 +133,8 @@ class Supervisor:
         replica, answers = call.replica, [call.answers[reference] for reference in call.references]
         match call.action:
             case None:
-                self._begin(replica, answers)
+                if not self._begin(replica, answers):
+                    return
             case Task() as task:
                 self._schedule.finish(replica.number, task)
                 self._work.finished(replica.number, task, answers)
@@ -142,12 +143,19 @@ class Supervisor:
                 self._work.committed(replica.number, window, answers)
         self._feed(replica)
 
-    def _begin(self, replica: Replica, loaded: Sequence[Loaded]) -> None:
+    def _begin(self, replica: Replica, loaded: Sequence[Loaded]) -> bool:
+        if self._formation.connect is not None:
+            try:
+                self._formation.connect(replica.actors)
+            except ray.exceptions.RayError as error:
+                self._lose(replica, WorkerError(describe_loss(error)), blame=None)
+                return False
         replica.active = True
         replica.nodes = frozenset(worker.node for worker in loaded)
         self._failed_starts = 0
         self._schedule.join(replica.number)
         self._report(ReplicaStarted(step=self._step, replica=replica.number, workers=tuple(loaded)))
+        return True
 
     def _feed(self, replica: Replica) -> None:
         """Submit what is due to the replica."""

@@ -28,7 +28,7 @@ MOST_ROWS, MOST_TOKENS = 2, 200
 StageWorker: Any = StageActor.__ray_metadata__.modified_class.__ray_actor_class__
 
 
-@ray.remote(concurrency_groups={"store": 1})
+@ray.remote(concurrency_groups={"store": 1}, enable_tensor_transport=True)
 class ScarceActor(StageWorker):
     """A stage actor whose first stage asks for more memory than there is, if it gets too much at once."""
 

@@ -21,7 +21,7 @@ from personaspace.cluster.generation import generate
 from personaspace.cluster.generators import Generator
 from personaspace.cluster.job import Job
 from personaspace.cluster.session import hold_run
-from personaspace.cluster.stages import Order, Ran, StageActor
+from personaspace.cluster.stages import Order, Passed, Ran, StageActor
 from personaspace.config import load_config
 from personaspace.store import open_run
 from personaspace.store.errors import WorkerError
@@ -59,10 +59,9 @@ def saboteur(
 ) -> Any:
     """A stage actor whose last stage gets a signal, so many times, or can't bear some rollouts."""
 
-    @ray.remote(concurrency_groups={"store": 1})
+    @ray.remote(concurrency_groups={"store": 1}, enable_tensor_transport=True)
     class Saboteur(StageWorker):
-        @ray.method(num_returns=2)
-        def forward(self, order: Order, received: Any, before: Ran) -> tuple[Any, Ran]:
+        def forward(self, order: Order, received: Passed | None) -> Passed | Ran:
             if self._spec.last:
                 if order.window == 1 and at_most(times, marks):
                     os.kill(os.getpid(), number)
@@ -70,8 +69,8 @@ def saboteur(
                 if alive & poison:
                     os._exit(1)
                 if raises:
-                    return super().forward(replace(order, batch=None), received, before)
-            return super().forward(order, received, before)
+                    return super().forward(replace(order, batch=None), received)
+            return super().forward(order, received)
 
     return Saboteur
 
@@ -115,6 +114,18 @@ def test_a_stage_that_is_killed_is_started_anew_and_nothing_changes(
     events = run(job)
     [loss] = of_type(ReplicaLost, events)
     assert re.fullmatch(r"a worker process died \(pid \d+ on [\d.]+\)", loss.reason)
+    assert stored(job) == undisturbed
+
+
+@pytest.mark.usefixtures("own_ray")
+def test_states_that_go_directly_give_the_same_and_survive_a_death(
+    place: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Direct Transport, with gloo."""
+    monkeypatch.setattr(extraction, "StageActor", saboteur(place / "killed-direct", times=1))
+    job = job_for(place, "direct-run")
+    events = run(job, transport="direct")
+    assert len(of_type(ReplicaLost, events)) == 1
     assert stored(job) == undisturbed
 
 
