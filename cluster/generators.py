@@ -15,7 +15,7 @@ from personaspace.extract.chat import ChatFormat
 from personaspace.extract.checkpoint import Checkpoint
 from personaspace.extract.config import GenerateConfig, ModelConfig
 from personaspace.extract.generate.noise import rollout_seed
-from personaspace.extract.generate.transformers_engine import Response, TransformersEngine
+from personaspace.extract.generate.transformers_engine import Response, TransformersEngine, load_causal_lm
 from personaspace.extract.packing import DUMMY_TOKEN
 from personaspace.extract.personas import PlannedRollout
 from personaspace.extract.rollouts import generated_rollout, imported_rollout, quarantined_rollout
@@ -96,7 +96,8 @@ class Generator:
     def load(self) -> Loaded:
         """Load the model."""
         begin = time.monotonic()
-        self._engine = TransformersEngine(self._checkpoint, self._chat, dtype=self._model.dtype, device=self._device)
+        model = load_causal_lm(self._checkpoint, dtype=self._model.dtype, device=self._device)
+        self._engine = TransformersEngine(model, self._chat, device=self._device)
         return loaded(begin)
 
     def generate(self, order: Order) -> Sampled:

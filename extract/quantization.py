@@ -63,6 +63,15 @@ def check_packages(source: str, quantization: Mapping[str, Any] | None) -> None:
         )
 
 
+def check_plain(source: str, quantization: Mapping[str, Any] | None, *, sharding: str) -> None:
+    """Raise InputError for quantised weights, where only plain ones can be cut or moved about."""
+    if quantization is not None:
+        raise InputError(
+            f"model.id: {source} is quantised by {method_of(quantization)}; such weights can't be used with "
+            f"cluster.sharding: {sharding}. Set it to `pipeline`."
+        )
+
+
 def _is_installed(package: str) -> bool:
     try:
         version(package)

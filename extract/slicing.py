@@ -1,6 +1,6 @@
 """Loading a slice of a checkpoint: only the weights of its own blocks are ever read, from the files that hold them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -80,55 +80,17 @@ def load_slice(
     slice first runs. Raises UnsupportedModelError for weights that are missing or can't be loaded, and InputError for a
     file that can't be downloaded or a package that quantised weights need.
     """
-    check_packages(checkpoint.source, checkpoint.quantization)
     # Names in a quantisation's config are those of the model with its head.
-    whole = empty_model(checkpoint, head=checkpoint.quantization is not None)
-    whole_class: type[PreTrainedModel] = type(whole)
-    folder = local_folder(checkpoint, whole.config)
-
-    def load_pruned(
-        model: PreTrainedModel, state_dict: Any, files: list[str], load_config: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        # Only now: a quantizer chooses the modules that it replaces by looking at the whole model.
-        _prune(model, checkpoint.layers, range(first, stop))
-        files = slice_files(model, checkpoint, folder, files, load_config)
-        return whole_class._load_pretrained_model(
-            model, state_dict if files else {}, files, load_config, *args, **kwargs
-        )
-
-    overrides = {
-        "_load_pretrained_model": staticmethod(load_pruned),
-        # With another module transformers takes the class for custom code and skips its weight conversions.
-        "__module__": whole_class.__module__,
-        # Tensors of other stages are unexpected on purpose.
-        "_keys_to_ignore_on_load_unexpected": [r".*"],
-    }
-    sliced: Any = type(whole_class.__name__, (whole_class,), overrides)
-    try:
-        model, loading = sliced.from_pretrained(
-            folder,
-            config=whole.config,
-            dtype=getattr(torch, dtype),
-            device_map=device,
-            attn_implementation=None if attention == "auto" else attention,
-            output_loading_info=True,
-            trust_remote_code=checkpoint.trust_remote_code,
-        )
-    except (RuntimeError, ValueError, ImportError, AttributeError, OSError) as error:
-        raise UnsupportedModelError(
-            f"{checkpoint.source}: transformers cannot load layers {first} to {stop - 1}: {error}"
-        ) from error
-    if loading["missing_keys"]:
-        # transformers would fill them with random numbers and only warn.
-        missing = ", ".join(sorted(loading["missing_keys"])[:5])
-        raise UnsupportedModelError(
-            f"{checkpoint.source}: {len(loading['missing_keys'])} weights of layers {first} to {stop - 1} are not in "
-            f"the checkpoint ({missing}, ...)."
-        )
-    for hook in list(model._forward_pre_hooks.values()) if checkpoint.quantization else ():
-        # What a quantizer does before the first pass of the whole model, which is never run as such.
-        hook(model, ())
-    parts = dissect(cast(PreTrainedModel, model.eval()), checkpoint.layers)
+    model = load_pruned(
+        checkpoint,
+        empty_model(checkpoint, head=checkpoint.quantization is not None),
+        lambda model: prune(model, checkpoint.layers, range(first, stop)),
+        name=f"layers {first} to {stop - 1}",
+        dtype=dtype,
+        attention=attention,
+        device_map=device,
+    )
+    parts = dissect(model, checkpoint.layers)
     for block in parts.blocks[first:stop] if compiled else ():
         # Not the module: hooks on a block see its states outside of what is compiled.
         block.forward = torch.compile(block.forward, dynamic=True, fullgraph=True)
@@ -144,7 +106,70 @@ def load_slice(
     )
 
 
-def _prune(backbone: PreTrainedModel, layers: int, owned: Sequence[int]) -> None:
+def load_pruned(
+    checkpoint: Checkpoint,
+    whole: PreTrainedModel,
+    prune: Callable[[PreTrainedModel], None],
+    *,
+    name: str,
+    dtype: Dtype,
+    attention: Attention,
+    **placing: Any,
+) -> PreTrainedModel:
+    """The model of which ``whole`` is the empty form, without what ``prune`` takes out of it before it is loaded.
+
+    ``name`` stands for what is left in messages; ``placing`` tells `from_pretrained` where weights go. Raises as
+    `load_slice` does.
+    """
+    check_packages(checkpoint.source, checkpoint.quantization)
+    whole_class: type[PreTrainedModel] = type(whole)
+    folder = local_folder(checkpoint, whole.config)
+
+    def load_rest(
+        model: PreTrainedModel, state_dict: Any, files: list[str], load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        # Only now: a quantizer chooses the modules that it replaces by looking at the whole model.
+        prune(model)
+        files = slice_files(model, checkpoint, folder, files, load_config)
+        return whole_class._load_pretrained_model(
+            model, state_dict if files else {}, files, load_config, *args, **kwargs
+        )
+
+    overrides = {
+        "_load_pretrained_model": staticmethod(load_rest),
+        # With another module transformers takes the class for custom code and skips its weight conversions.
+        "__module__": whole_class.__module__,
+        # Tensors of other stages are unexpected on purpose.
+        "_keys_to_ignore_on_load_unexpected": [r".*"],
+    }
+    pruned: Any = type(whole_class.__name__, (whole_class,), overrides)
+    try:
+        model, loading = pruned.from_pretrained(
+            folder,
+            config=whole.config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=None if attention == "auto" else attention,
+            output_loading_info=True,
+            trust_remote_code=checkpoint.trust_remote_code,
+            **placing,
+        )
+    except (RuntimeError, ValueError, ImportError, AttributeError, OSError) as error:
+        raise UnsupportedModelError(f"{checkpoint.source}: transformers cannot load {name}: {error}") from error
+    if loading["missing_keys"]:
+        # transformers would fill them with random numbers and only warn.
+        missing = ", ".join(sorted(loading["missing_keys"])[:5])
+        raise UnsupportedModelError(
+            f"{checkpoint.source}: {len(loading['missing_keys'])} weights of {name} are not in the checkpoint "
+            f"({missing}, ...)."
+        )
+    for hook in list(model._forward_pre_hooks.values()) if checkpoint.quantization else ():
+        # What a quantizer does before the first pass of the whole model, which is never run as such.
+        hook(model, ())
+    return cast(PreTrainedModel, model.eval())
+
+
+def prune(backbone: PreTrainedModel, layers: int, owned: Sequence[int]) -> None:
+    """Leave only what the blocks ``owned`` need: no other blocks, no final norm, the embedding only with block 0."""
     parts = dissect(backbone, layers)
     for layer in range(layers):
         if layer not in owned:

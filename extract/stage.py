@@ -69,8 +69,8 @@ class Stage:
 
     It runs the blocks from the slice's first to ``stop - 1`` (default: all of the slice's), and sums what passes at
     ``sites`` of ``layers`` (absolute numbers; default: all that it runs). ``last`` says that no other stage follows.
-    The slice can be used by one stage at a time; `close` gives it back as it was. Raises UnsupportedModelError if the
-    model can't be read so.
+    Where memory runs out, ``before_halves`` is called before the micro-batch is run in halves. The slice can be used by
+    one stage at a time; `close` gives it back as it was. Raises UnsupportedModelError if the model can't be read so.
     """
 
     def __init__(
@@ -82,8 +82,10 @@ class Stage:
         sites: Sequence[Site] = ("resid_post",),
         layers: Sequence[int] | None = None,
         hooks: Sequence[LayerHook] = (),
+        before_halves: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
+        self._before_halves = before_halves
         self.stop = model.stop if stop is None else stop
         self.is_last = last
         self.sites = tuple(sites)
@@ -137,6 +139,7 @@ class Stage:
         # Outside of the handler, since the error's traceback holds on to all that was alive.
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
+        self._before_halves()
         return self._forward_halves(batch, received_BTD)
 
     def probe(
@@ -197,12 +200,10 @@ class Stage:
         return StageOutput(hidden_BTD=None if self.is_last else self._leaving_BTD, copies=((batch, copy),))
 
     def _forward_halves(self, batch: MicroBatch, received_BTD: torch.Tensor | None) -> StageOutput:
-        rows = len(batch.rows)
-        hidden_BTD = None
+        rows, hidden_BTD = len(batch.rows), None
         if not self.is_last:
-            hidden_BTD = torch.zeros(
-                (*batch.shape, self.model.hidden), dtype=self.model.dtype, device=self.model.device
-            )
+            shape = (*batch.shape, self.model.hidden)
+            hidden_BTD = torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
         if rows == 1:
             # Other stages need states of the right shape; what they make of them is dropped with the row.
             return StageOutput(hidden_BTD=hidden_BTD, copies=(), failed={batch.rows[0]: OUT_OF_MEMORY})
@@ -227,8 +228,7 @@ class Stage:
             check_compilable(self.sites)
         blocks = {layer: model.blocks[layer] for layer in range(model.first, self.stop)}
         if model.first > 0:
-            splice = blocks[model.first].register_forward_pre_hook(self._splice, with_kwargs=True)
-            self._handles.append(splice)
+            self._handles.append(blocks[model.first].register_forward_pre_hook(self._splice, with_kwargs=True))
         additions: dict[tuple[int, Site], Addition] = {}
         if set(INNER_SITES) & set(self.sites):
             additions = find_additions(blocks, lambda: self.run_decoder(*self.probe((6,))))

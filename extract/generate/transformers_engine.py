@@ -1,10 +1,11 @@
 """Generation with transformers: one whole model in this process, static batches, token ids in and out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from personaspace.extract.chat import ChatFormat
 from personaspace.extract.checkpoint import Checkpoint
@@ -23,15 +24,33 @@ class Response:
     """`stop`: the model ended its turn; `length`: cut off at `max_new_tokens`."""
 
 
-class TransformersEngine:
-    """A causal language model that samples responses for batches of prompts."""
+def load_causal_lm(checkpoint: Checkpoint, *, dtype: Dtype, device: str = "cpu") -> PreTrainedModel:
+    """The whole model with its head, on one device."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        checkpoint.source, dtype=getattr(torch, dtype), device_map=device, **checkpoint.loading()
+    )
+    return model.eval()
 
-    def __init__(self, checkpoint: Checkpoint, chat: ChatFormat, *, dtype: Dtype, device: str = "cpu") -> None:
+
+class TransformersEngine:
+    """A causal language model that samples responses for batches of prompts.
+
+    ``device`` takes the prompts; weights may lie elsewhere. Where a gang of processes runs the model in lock-step,
+    ``agree`` makes the token ids (B,) that this process has sampled the same in all of them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        chat: ChatFormat,
+        *,
+        device: str = "cpu",
+        agree: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
         self._chat = chat
         self._device = torch.device(device)
-        self._model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.source, dtype=getattr(torch, dtype), device_map=device, **checkpoint.loading()
-        ).eval()
+        self._model: Any = model
+        self._agree = agree
         self._stop_ids = _stop_ids(self._model.generation_config.eos_token_id, chat.tokenizer.eos_token_id)
         # Only these settings count: a checkpoint's own sampling defaults must not slip in.
         self._model.generation_config = GenerationConfig(
@@ -50,12 +69,13 @@ class TransformersEngine:
             ids_BT[row, length - len(prompt) :] = torch.tensor(prompt)
             mask_BT[row, length - len(prompt) :] = 1
         sampler = GumbelTopP(list(seeds), temperature=config.temperature, top_p=config.top_p, prompt_length=length)
+        processors: list[LogitsProcessor] = [sampler] if self._agree is None else [sampler, _Agreed(self._agree)]
         stops = self._chat.stop_strings
         generated_BT = self._model.generate(
             input_ids=ids_BT.to(self._device),
             attention_mask=mask_BT.to(self._device),
             max_new_tokens=config.max_new_tokens,
-            logits_processor=LogitsProcessorList([sampler]),
+            logits_processor=LogitsProcessorList(processors),
             **({"stop_strings": stops, "tokenizer": self._chat.tokenizer} if stops else {}),
         )
         return [self._finish(row) for row in generated_BT[:, length:].tolist()]
@@ -73,6 +93,18 @@ class TransformersEngine:
                 while len(self._chat.decode(token_ids)) > cut:
                     token_ids = token_ids[:-1]
         return Response(token_ids=token_ids, text=self._chat.decode(token_ids), finish_reason=finish_reason)
+
+
+class _Agreed(LogitsProcessor):
+    """Leaves each row only the token that all processes have agreed on."""
+
+    def __init__(self, agree: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._agree = agree
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores ``(B, V)`` with the agreed token's at 0 and all others at minus infinity."""
+        token_B = self._agree(scores.argmax(1))
+        return torch.full_like(scores, -torch.inf).scatter_(1, token_B[:, None], 0.0)
 
 
 def _stop_ids(*candidates: int | list[int] | None) -> list[int]:

@@ -12,7 +12,7 @@ from personaspace.extract.chat import ChatFormat
 from personaspace.extract.checkpoint import resolve
 from personaspace.extract.config import GenerateConfig, ModelConfig
 from personaspace.extract.generate.noise import rollout_seed
-from personaspace.extract.generate.transformers_engine import Response, TransformersEngine
+from personaspace.extract.generate.transformers_engine import Response, TransformersEngine, load_causal_lm
 from tests.models import reciting_checkpoint, tiny_checkpoint
 
 CONFIG = GenerateConfig(max_new_tokens=24)
@@ -30,7 +30,7 @@ def load(folder: Path, chat_template: str = "builtin") -> tuple[TransformersEngi
     config = ModelConfig(id=str(folder), chat_template=chat_template)
     checkpoint = resolve(config)
     chat = ChatFormat(checkpoint, config)
-    return TransformersEngine(checkpoint, chat, dtype="float32"), chat
+    return TransformersEngine(load_causal_lm(checkpoint, dtype="float32"), chat), chat
 
 
 def generate(
