@@ -7,6 +7,7 @@ from annotated_types import Ge, Gt
 
 Device = Literal["auto", "cpu", "cuda"]
 Sharding = Literal["pipeline", "tensor", "offload"]
+Generation = Literal["whole", "tensor", "offload"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,10 +22,19 @@ class ClusterConfig:
     replicas: Annotated[int, Ge(1)] | None = None
     """Copies of the model that work side by side. Default: as many as there is room for, at any time."""
     sharding: Sharding = "pipeline"
-    """How a copy of the model is spread. `pipeline`: over stages of consecutive layers. `tensor`: every layer over all
-    ranks of a DeepSpeed gang. `offload`: one actor, with weights in host memory or on disk."""
+    """How a copy of the model is spread that extracts. `pipeline`: over stages of consecutive layers. `tensor`: every
+    layer over all ranks of a DeepSpeed gang. `offload`: one actor, with weights in host memory or on disk."""
+    generation: Generation | None = None
+    """How a copy is spread that generates: `whole` on one device, `tensor`, or `offload` (slow). Default: as `sharding`
+    says, but whole where that is `pipeline`, since stages can't decode."""
     stages: Annotated[int, Ge(1)] | None = None
     """Actors of a pipeline. Default: as few as the memory of a device allows."""
+    ranks: Annotated[int, Ge(2)] | None = None
+    """Actors of a gang, at most as many as the model has key-value heads. Default: the GPUs of a node."""
+    offload_to: Literal["cpu", "disk"] | None = None
+    """Where offloaded weights wait. Default: `cpu` for models on a GPU, `disk` for those on the CPU."""
+    offload_folder: str | None = None
+    """Folder on each node for weights that can't be read from the checkpoint as they are (experts, as a rule)."""
     transport: Literal["objects", "direct"] = "objects"
     """How hidden states go from stage to stage: as objects of Ray's, or from device to device with Ray Direct Transport
     (alpha in Ray; NCCL on GPUs, gloo on CPUs)."""

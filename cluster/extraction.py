@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any, cast
 
 from ray.experimental.collective import create_collective_group
@@ -28,6 +27,7 @@ from personaspace.cluster.replicas import Formation, alive_nodes
 from personaspace.cluster.room import Workers, fit_in_flight
 from personaspace.cluster.schedule import Schedule, Task
 from personaspace.cluster.session import share_cluster
+from personaspace.cluster.sharding import Share, extraction_actors, extraction_shares, load_gang
 from personaspace.cluster.stages import Order, Ran, StageActor, StageSpec, UnitShards
 from personaspace.cluster.supervisor import Supervisor
 from personaspace.cluster.window import WindowWork, load_window, response_tokens, span_rows
@@ -43,27 +43,12 @@ UNCOMMITTED_WINDOWS = 2
 """Windows of a replica that may wait for their writers: bounds the host memory of its stages."""
 
 
-def check_stages(job: Job, cluster: ClusterConfig) -> list[int]:
-    """Layer boundaries of the stages; InputError if the layer groups don't allow so many.
-
-    Nothing behind the last layer group that is asked for is ever run.
-    """
-    groups = 1 + max(group for spec in job.manifest.arrays for group in spec.wanted_groups(job.layout))
-    try:
-        return job.layout.stage_boundaries(cluster.stages or 1, groups)
-    except ValueError as error:
-        raise InputError(
-            f"cluster.stages: {error}. Use fewer stages, or a new run with a smaller layer_group."
-        ) from error
-
-
 def extract(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> None:
     """Commit every shard and the coordinates of every unit.
 
     Shards that a crash left without a record are adopted; windows that miss any shard run again, whole, and
     commit what is missing. Raises InputError if rollouts are missing, WorkerError if work can't go on.
     """
-    boundaries = check_stages(job, cluster)
     absent = missing_units(job, job.committed())
     if absent:
         raise InputError(
@@ -85,7 +70,7 @@ def extract(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> N
     report(StepStarted(step="extract", rows=job.layout.rows, rows_done=job.layout.rows - waiting, dropped=dropped))
     if missing:
         unfinished = [window for window in job.windows if missing.keys() & set(window)]
-        _run(job, fence, cluster, boundaries, unfinished, done, report)
+        _run(job, fence, cluster, unfinished, done, report)
     report(StepFinished(step="extract"))
 
 
@@ -93,42 +78,40 @@ def _run(
     job: Job,
     fence: Fence,
     cluster: ClusterConfig,
-    boundaries: list[int],
     windows: Sequence[tuple[int, ...]],
     committed: Mapping[Slot, int],
     report: Report,
 ) -> None:
-    stages = len(boundaries) - 1
     missing = {array for units in windows for unit in units for array, _ in job.missing_shards(committed, unit)}
     arrays = tuple(spec for spec in job.manifest.arrays if spec.record in missing)
-    workers = share_cluster(cluster, stages)
+    nodes = alive_nodes()
+    actors = extraction_actors(cluster, nodes, fewest_stages=1)
+    workers = share_cluster(cluster, actors)
+    shares = extraction_shares(job, cluster, actors, workers.device)
     transport = None
-    if cluster.transport == "direct" and stages > 1:
+    if cluster.transport == "direct" and cluster.sharding == "pipeline" and actors > 1:
         transport = "nccl" if workers.device == "cuda" else "gloo"
-    work = Extraction(job, fence, boundaries, windows, committed, arrays, transport, report)
-    specs = stage_specs(job, fence, boundaries, arrays, workers, direct=transport is not None)
+    work = Extraction(job, fence, shares, windows, committed, arrays, transport, report)
+    specs = [stage_spec(job, fence, share, arrays, workers, direct=transport is not None) for share in shares]
     formation = Formation(
-        actors=stages,
+        actors=actors,
         workers=workers,
-        together=False,
+        together=cluster.sharding == "tensor",
         make=lambda place, options: cast(Any, StageActor).options(**options).remote(specs[place]),
-        load=lambda actors: [actor.load.remote() for actor in actors],
+        load=load_gang if cluster.sharding == "tensor" else lambda actors: [actor.load.remote() for actor in actors],
         connect=None if transport is None else lambda actors: join_directly(actors, transport),
     )
     state_bytes = job.extract.micro_batch_tokens * job.layout.hidden * (4 if job.model.dtype == "float32" else 2)
     schedule = Schedule(
         range(len(windows)),
         work.open_window,
-        in_flight=cluster.in_flight or fit_in_flight(alive_nodes(), stages, state_bytes),
+        in_flight=cluster.in_flight or fit_in_flight(nodes, actors, state_bytes),
         uncommitted=UNCOMMITTED_WINDOWS,
         attempts=cluster.attempts,
     )
-    report(
-        Note(
-            text=f"extract: replicas of {stages} stage(s), layers cut at {boundaries}, {workers.threads} thread(s) "
-            f"each, on {workers.device}"
-        )
-    )
+    parts = ", ".join(share.name for share in shares)
+    threads = f"{workers.threads} thread(s) each, on {workers.device}"
+    report(Note(text=f"extract: replicas of {actors} ({cluster.sharding}: {parts}), {threads}"))
     Supervisor("extract", schedule, formation, work, cluster, report, patience=job.store.patience).run()
 
 
@@ -137,33 +120,28 @@ def join_directly(actors: Sequence[Any], transport: str) -> None:
     create_collective_group(list(actors), backend="nccl" if transport == "nccl" else "torch_gloo")
 
 
-def stage_specs(
-    job: Job, fence: Fence, boundaries: Sequence[int], arrays: tuple[ArraySpec, ...], workers: Workers, *, direct: bool
-) -> list[StageSpec]:
-    """What each stage of a replica is made from."""
+def stage_spec(
+    job: Job, fence: Fence, share: Share, arrays: tuple[ArraySpec, ...], workers: Workers, *, direct: bool
+) -> StageSpec:
+    """What an actor of a replica is made from."""
     layers = sorted({layer for spec in arrays for layer in spec.wanted_layers(job.layout)})
-    return [
-        StageSpec(
-            checkpoint=job.checkpoint,
-            dtype=job.model.dtype,
-            attention=job.model.attention,
-            first=first,
-            stop=stop,
-            last=stop == boundaries[-1],
-            layers=tuple(layer for layer in layers if first <= layer < stop),
-            arrays=arrays,
-            packed=job.packed,
-            compiled=job.extract.compile,
-            layout=job.layout,
-            spans_per_rollout=job.manifest.spans_per_rollout,
-            precision=job.store.precision,
-            fence=fence,
-            device=workers.device,
-            threads=workers.threads,
-            direct=direct,
-        )
-        for first, stop in pairwise(boundaries)
-    ]
+    return StageSpec(
+        checkpoint=job.checkpoint,
+        dtype=job.model.dtype,
+        attention=job.model.attention,
+        share=share,
+        layers=tuple(layer for layer in layers if layer in share.written),
+        arrays=arrays,
+        packed=job.packed,
+        compiled=job.extract.compile,
+        layout=job.layout,
+        spans_per_rollout=job.manifest.spans_per_rollout,
+        precision=job.store.precision,
+        fence=fence,
+        device=workers.device,
+        threads=workers.threads,
+        direct=direct,
+    )
 
 
 class Extraction:
@@ -177,14 +155,14 @@ class Extraction:
         self,
         job: Job,
         fence: Fence,
-        boundaries: Sequence[int],
+        shares: Sequence[Share],
         windows: Sequence[tuple[int, ...]],
         committed: Mapping[Slot, int],
         arrays: tuple[ArraySpec, ...],
         transport: str | None,
         report: Report,
     ) -> None:
-        self._job, self._fence, self._boundaries, self._report = job, fence, boundaries, report
+        self._job, self._fence, self._shares, self._report = job, fence, shares, report
         self._transport = transport
         self._windows, self._committed, self._arrays = windows, committed, arrays
         self._open: dict[int, WindowWork] = {}
@@ -195,7 +173,7 @@ class Extraction:
         return [len(batch.rows) for batch in self._open[window].batches]
 
     def submit(self, actors: Sequence[Any], task: Task) -> list[Any]:
-        """Send a micro-batch through the stages; the last one answers."""
+        """Send a micro-batch through the stages, of which the last one answers, or to all ranks."""
         work = self._open[task.window]
         batch = work.batches[task.batch]
         order = Order(
@@ -205,6 +183,8 @@ class Extraction:
             left_out=dict.fromkeys(task.blanked, QUARANTINED),
             trial=task.trial,
         )
+        if self._shares[0].sharding == "tensor":
+            return [actor.forward.remote(order, None) for actor in actors]
         passed = None
         for actor in actors[:-1]:
             passed = actor.forward.options(tensor_transport=self._transport).remote(order, passed)
@@ -214,17 +194,19 @@ class Extraction:
         """Tell what came through."""
         work = self._open[task.window]
         batch = work.batches[task.batch]
-        [ran] = answers
-        if ran.parts > 1:
+        parts = max(ran.parts for ran in answers)
+        if parts > 1:
             rows, length = batch.shape
             self._report(
                 Note(
-                    text=f"extract: out of memory with {rows} x {length} tokens; ran them in {ran.parts} parts. A "
+                    text=f"extract: out of memory with {rows} x {length} tokens; ran them in {parts} parts. A "
                     "smaller extract.micro_batch_tokens avoids this (in a new run)."
                 )
             )
         what = f"window {task.window}, micro-batch {task.batch}" + (" on trial" if task.trial else "")
-        self._report(Worked(step="extract", replica=replica, batch=what, busy=ran.busy))
+        self._report(
+            Worked(step="extract", replica=replica, batch=what, busy=tuple(b for ran in answers for b in ran.busy))
+        )
         if task.trial:
             return
         if task.blanked:
@@ -241,8 +223,9 @@ class Extraction:
             for row, ids, segments in zip(batch.rows, batch.token_ids, batch.segments, strict=True)
         }
         commits = []
-        for actor, (first, stop) in zip(actors, pairwise(self._boundaries), strict=True):
-            own = range(first // job.layout.layer_group, math.ceil(stop / job.layout.layer_group))
+        for actor, share in zip(actors, self._shares, strict=True):
+            size = job.layout.layer_group
+            own = range(share.written.start // size, math.ceil(share.written.stop / size))
             units = []
             for unit in work.units:
                 rows = job.layout.unit_row_range(unit)

@@ -14,7 +14,7 @@ import torch
 from torch import distributed
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from personaspace.store.errors import InputError, PersonaspaceError
+from personaspace.store.errors import InputError, WorkerError
 
 TIMEOUT = timedelta(minutes=10)
 """How long a process waits for the others in a collective before it fails."""
@@ -22,7 +22,7 @@ PATIENCE = timedelta(minutes=1)
 """How long a process that has run out of memory waits for the others to run out of it too."""
 
 
-class OutOfStepError(PersonaspaceError):
+class OutOfStepError(WorkerError):
     """The ranks of a gang are not at the same point any more; it has to be ended and started again."""
 
 

@@ -18,6 +18,7 @@ from personaspace.cluster.events import (
 from personaspace.cluster.faults import QUARANTINED
 from personaspace.cluster.generators import (
     Generator,
+    GeneratorSpec,
     Order,
     Sampled,
     Stored,
@@ -27,9 +28,10 @@ from personaspace.cluster.generators import (
     inspect_rollouts,
 )
 from personaspace.cluster.job import Job
-from personaspace.cluster.replicas import Formation
+from personaspace.cluster.replicas import Formation, alive_nodes
 from personaspace.cluster.schedule import Schedule, Task
 from personaspace.cluster.session import share_cluster
+from personaspace.cluster.sharding import generation_actors, generation_sharding, load_gang, offload_of
 from personaspace.cluster.supervisor import Supervisor
 from personaspace.extract.chat import ChatFormat
 from personaspace.store.commit import adopt
@@ -83,23 +85,37 @@ def generate(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> 
 
 def _sample(job: Job, fence: Fence, cluster: ClusterConfig, missing: set[int], report: Report) -> None:
     batches = [batch for batch in job.generation_batches if missing & set(batch)]
-    workers = share_cluster(cluster, 1)
+    sharding = generation_sharding(cluster)
+    actors = generation_actors(cluster, alive_nodes())
+    workers = share_cluster(cluster, actors)
     work = Generation(job, batches, missing, report)
+    specs = [
+        GeneratorSpec(
+            checkpoint=job.checkpoint,
+            model=job.model,
+            config=job.generate,
+            fence=fence,
+            sharding=sharding,
+            rank=rank,
+            ranks=actors,
+            offload=offload_of(cluster, workers.device) if sharding == "offload" else None,
+            device=workers.device,
+            threads=workers.threads,
+        )
+        for rank in range(actors)
+    ]
     formation = Formation(
-        actors=1,
+        actors=actors,
         workers=workers,
         together=True,
-        make=lambda _, options: (
-            cast(Any, Generator)
-            .options(**options)
-            .remote(job.checkpoint, job.model, job.generate, fence, workers.device, workers.threads)
-        ),
-        load=lambda actors: [actor.load.remote() for actor in actors],
+        make=lambda rank, options: cast(Any, Generator).options(**options).remote(specs[rank]),
+        load=load_gang if sharding == "tensor" else lambda actors: [actor.load.remote() for actor in actors],
     )
     schedule = Schedule(
         range(len(batches)), work.open_window, in_flight=1, uncommitted=UNCOMMITTED_BATCHES, attempts=cluster.attempts
     )
-    report(Note(text=f"generate: {workers.threads} thread(s) for each generator, on {workers.device}"))
+    threads = f"{workers.threads} thread(s) each, on {workers.device}"
+    report(Note(text=f"generate: replicas of {actors} ({sharding}), {threads}"))
     Supervisor("generate", schedule, formation, work, cluster, report, patience=job.store.patience).run()
 
 

@@ -8,14 +8,18 @@ from functools import partial
 import ray
 import torch
 
+from personaspace.cluster.config import Generation
 from personaspace.cluster.events import Busy, Loaded
 from personaspace.cluster.faults import explain
 from personaspace.cluster.replicas import loaded
+from personaspace.cluster.sharding import Member
+from personaspace.cluster.tensor import load_causal_lm_parallel
 from personaspace.extract.chat import ChatFormat
 from personaspace.extract.checkpoint import Checkpoint
 from personaspace.extract.config import GenerateConfig, ModelConfig
 from personaspace.extract.generate.noise import rollout_seed
 from personaspace.extract.generate.transformers_engine import Response, TransformersEngine, load_causal_lm
+from personaspace.extract.offload import Offload, load_causal_lm_offloaded
 from personaspace.extract.packing import DUMMY_TOKEN
 from personaspace.extract.personas import PlannedRollout
 from personaspace.extract.rollouts import generated_rollout, imported_rollout, quarantined_rollout
@@ -73,31 +77,46 @@ class Stored:
     busy: Busy
 
 
-@ray.remote(concurrency_groups={"store": 1})
-class Generator:
-    """Holds one model replica and turns units into committed rollouts."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GeneratorSpec:
+    """What a generator actor is made from."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        model: ModelConfig,
-        config: GenerateConfig,
-        fence: Fence,
-        device: str,
-        threads: int,
-    ) -> None:
-        torch.set_num_threads(threads)
-        self._checkpoint, self._model, self._config, self._fence = checkpoint, model, config, fence
-        self._device = device
-        self._chat = ChatFormat(checkpoint, model)
+    checkpoint: Checkpoint
+    model: ModelConfig
+    config: GenerateConfig
+    fence: Fence
+    sharding: Generation
+    rank: int
+    """In a gang; else 0."""
+    ranks: int
+    offload: Offload | None
+    device: str
+    threads: int
+
+
+@ray.remote(concurrency_groups={"store": 1})
+class Generator(Member):
+    """Holds a model, or a rank's share of it, and turns units into committed rollouts."""
+
+    def __init__(self, spec: GeneratorSpec) -> None:
+        torch.set_num_threads(spec.threads)
+        self._spec = spec
+        self._chat = ChatFormat(spec.checkpoint, spec.model)
         self._sampled: dict[int, list[tuple[UnitPlan, list[Rollout]]]] = {}
         """Window -> its units' rollouts, until they are committed."""
 
-    def load(self) -> Loaded:
-        """Load the model."""
-        begin = time.monotonic()
-        model = load_causal_lm(self._checkpoint, dtype=self._model.dtype, device=self._device)
-        self._engine = TransformersEngine(model, self._chat, device=self._device)
+    def load(self, meeting: str = "") -> Loaded:
+        """Load the model. ``meeting``: of a gang."""
+        spec, begin = self._spec, time.monotonic()
+        dtype, agree = spec.model.dtype, None
+        if spec.sharding == "tensor":
+            gang = self.join(meeting, rank=spec.rank, ranks=spec.ranks, device=spec.device)
+            model, agree = load_causal_lm_parallel(spec.checkpoint, gang, dtype=dtype), gang.agree
+        elif spec.offload is not None:
+            model = load_causal_lm_offloaded(spec.checkpoint, spec.offload, dtype=dtype, device=spec.device)
+        else:
+            model = load_causal_lm(spec.checkpoint, dtype=dtype, device=spec.device)
+        self._engine = TransformersEngine(model, self._chat, device=spec.device, agree=agree)
         return loaded(begin)
 
     def generate(self, order: Order) -> Sampled:
@@ -108,9 +127,9 @@ class Generator:
             prompts = [self._chat.encode_prompt(row.messages) for row in planned]
             for place in order.left_out:
                 prompts[place] = [DUMMY_TOKEN] * len(prompts[place])
-            seeds = [rollout_seed(self._config.seed, row.rollout_id) for row in planned]
-            responses = self._engine.generate(prompts, seeds, self._config)
-            if not order.trial:
+            seeds = [rollout_seed(self._spec.config.seed, row.rollout_id) for row in planned]
+            responses = self._engine.generate(prompts, seeds, self._spec.config)
+            if not order.trial and self._spec.rank == 0:
                 self._keep(order, prompts, responses)
         tokens = sum(len(response.token_ids) for response in responses)
         return Sampled(tokens=tokens, busy=Busy(activity="generate", start=begin, stop=time.time()))
@@ -133,8 +152,8 @@ class Generator:
                         prompt,
                         response,
                         chat=self._chat,
-                        config=self._config,
-                        max_positions=self._checkpoint.max_positions,
+                        config=self._spec.config,
+                        max_positions=self._spec.checkpoint.max_positions,
                     )
                 )
             kept.append((unit, rollouts))
@@ -147,7 +166,7 @@ class Generator:
         dropped: dict[int, str] = {}
         for unit, rollouts in self._sampled.pop(window):
             if not unit.committed:
-                commit_rollouts(self._fence, unit, rollouts)
+                commit_rollouts(self._spec.fence, unit, rollouts)
                 rows += len(rollouts)
                 dropped |= drops(rollouts)
         return Stored(rows=rows, dropped=dropped, busy=Busy(activity="commit", start=begin, stop=time.time()))

@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 from personaspace.cluster.events import Busy, Loaded
 from personaspace.cluster.faults import explain
 from personaspace.cluster.replicas import loaded
+from personaspace.cluster.sharding import Member, Share
+from personaspace.cluster.tensor import load_tensor_parallel
 from personaspace.extract.checkpoint import Checkpoint
 from personaspace.extract.collect import Expected, WindowBuffer, inspect_shard_values, shard_values
 from personaspace.extract.config import Attention, Dtype
+from personaspace.extract.offload import load_offloaded
 from personaspace.extract.packing import MicroBatch
 from personaspace.extract.reductions import Readout
 from personaspace.extract.selfcheck import check_stage
@@ -36,11 +39,9 @@ class StageSpec:
     checkpoint: Checkpoint
     dtype: Dtype
     attention: Attention
-    first: int
-    stop: int
-    last: bool
+    share: Share
     layers: tuple[int, ...]
-    """Layers of the stage that are read."""
+    """Layers that are read."""
     arrays: tuple[ArraySpec, ...]
     """Arrays that are read."""
     packed: bool
@@ -107,30 +108,57 @@ class Order:
 
 
 @ray.remote(concurrency_groups={"store": 1}, enable_tensor_transport=True)
-class StageActor:
-    """One stage of one replica. `forward` and `commit` run in threads of their own: compute never waits for disk."""
+class StageActor(Member):
+    """One stage of one replica, or one rank of it, or all of it.
+
+    `forward` and `commit` run in threads of their own: compute never waits for disk.
+    """
 
     def __init__(self, spec: StageSpec) -> None:
         torch.set_num_threads(spec.threads)
         self._spec = spec
-        self._name = f"stage of layers {spec.first} to {spec.stop - 1}"
         self._readout = Readout.of_arrays(spec.arrays)
         self._places = {place.spec.record: place for place in self._readout.places(spec.arrays)}
         self._windows: dict[int, WindowBuffer] = {}
 
-    def load(self) -> Loaded:
-        """Load the stage's layers and check that they can be read. Raises UnsupportedModelError."""
-        spec, begin = self._spec, time.monotonic()
-        model = load_slice(
-            spec.checkpoint,
-            first=spec.first,
-            stop=spec.stop,
-            dtype=spec.dtype,
-            device=spec.device,
-            attention=spec.attention,
-            compiled=spec.compiled,
+    def load(self, meeting: str = "") -> Loaded:
+        """Load its share of the model, and check that it can be read. ``meeting``: of a gang.
+
+        Raises UnsupportedModelError.
+        """
+        spec, share, begin = self._spec, self._spec.share, time.monotonic()
+        gang = None
+        if share.sharding == "tensor":
+            gang = self.join(meeting, rank=share.place, ranks=share.actors, device=spec.device)
+            model = load_tensor_parallel(
+                spec.checkpoint, gang, dtype=spec.dtype, attention=spec.attention, stop=share.stop
+            )
+        elif share.offload is not None:
+            model = load_offloaded(
+                spec.checkpoint,
+                share.offload,
+                dtype=spec.dtype,
+                device=spec.device,
+                attention=spec.attention,
+                stop=share.stop,
+            )
+        else:
+            model = load_slice(
+                spec.checkpoint,
+                first=share.first,
+                stop=share.stop,
+                dtype=spec.dtype,
+                device=spec.device,
+                attention=spec.attention,
+                compiled=spec.compiled,
+            )
+        self._stage = Stage(
+            model,
+            last=share.last,
+            sites=self._readout.sites,
+            layers=spec.layers,
+            before_halves=gang.run_out_of_memory if gang is not None else lambda: None,
         )
-        self._stage = Stage(model, last=spec.last, sites=self._readout.sites, layers=spec.layers)
         check_stage(self._stage, packed=spec.packed)
         return loaded(begin)
 
@@ -139,7 +167,7 @@ class StageActor:
 
         ``received`` is what the stage before gave; the last one gives how the micro-batch has fared.
         """
-        with explain(self._name, order.rollout_ids):
+        with explain(self._spec.share.name, order.rollout_ids):
             begin, batch = time.time(), order.batch
             before = Ran() if received is None else received.ran
             states_BTD = None if received is None else from_wire(received.states, self._spec.dtype)

@@ -10,13 +10,14 @@ from transformers.utils import logging as transformers_logging
 from personaspace.analysis.fit import fit, fitted_array, target_layer
 from personaspace.analysis.publish import publish_report
 from personaspace.cluster.droplimit import DropLimit
-from personaspace.cluster.extraction import check_stages, extract
+from personaspace.cluster.extraction import extract
 from personaspace.cluster.generation import generate
 from personaspace.cluster.job import Job, prepare
 from personaspace.cluster.nodes import check_nodes
 from personaspace.cluster.progress import ProgressDisplay
 from personaspace.cluster.repair import adopt_whole, slots_to_redo
 from personaspace.cluster.session import check_shared_paths, hold_run, orderly_end, ray_cluster
+from personaspace.cluster.sharding import check_sharding
 from personaspace.config import RunConfig, stored_config
 from personaspace.store.manifest import require_manifest
 from personaspace.store.objects import Folder
@@ -113,5 +114,5 @@ def _prepare(config: RunConfig, *, keep: bool = False) -> Job:
         execution={"config": asdict(config)},
         keep=keep,
     )
-    check_stages(job, config.cluster)
+    check_sharding(job, config.cluster)
     return job

@@ -3,6 +3,7 @@
 The test stays outside, as a driver does: it hands the rendezvous of rank 0 to the others, and calls all ranks at once.
 """
 
+import importlib.util
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 from transformers.utils import logging
@@ -30,6 +32,11 @@ from personaspace.extract.stage import LayerHook, Stage
 from tests.extract.families import samples_batch
 from tests.extract.offload_memory import growth
 from tests.extract.test_stage_memory import Scarce
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None and os.environ.get("PERSONASPACE_REQUIRE_DEEPSPEED") != "1",
+    reason="DeepSpeed is not installed (PERSONASPACE_REQUIRE_DEEPSPEED=1 runs the tests all the same)",
+)
 
 
 class GangProcesses:

@@ -1,7 +1,5 @@
 """Two ranks with half of every block each give what one process gives, or refuse to."""
 
-import importlib.util
-import os
 import re
 import sys
 import time
@@ -20,7 +18,17 @@ from personaspace.extract.checkpoint import resolve
 from personaspace.extract.config import GenerateConfig, ModelConfig
 from personaspace.extract.generate.transformers_engine import TransformersEngine, load_causal_lm
 from personaspace.store.errors import InputError
-from tests.cluster.gang_processes import GangProcesses, agreed, folder_of, halved, held, load, means, responses
+from tests.cluster.gang_processes import (
+    GangProcesses,
+    agreed,
+    folder_of,
+    halved,
+    held,
+    load,
+    means,
+    needs_deepspeed,
+    responses,
+)
 from tests.extract.families import SITES, Family, relative_error
 from tests.extract.test_slicing import damaged
 from tests.models import FAMILIES, tiny_checkpoint
@@ -39,10 +47,6 @@ ADVICE = (
     "Set cluster.sharding to `pipeline`, or to `offload`; for generation use an engine of its own with tensor "
     "parallel, such as vLLM."
 )
-deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None and os.environ.get("PERSONASPACE_REQUIRE_DEEPSPEED") != "1",
-    reason="DeepSpeed is not installed (PERSONASPACE_REQUIRE_DEEPSPEED=1 runs the tests all the same)",
-)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ def gang() -> Iterator[GangProcesses]:
     processes.close()
 
 
-@deepspeed
+@needs_deepspeed
 @pytest.mark.parametrize("family", WORKS)
 def test_same_activations_as_one_process(gang: GangProcesses, tmp_path: Path, family: str) -> None:
     tiny = Family.tiny(family, tmp_path)
@@ -67,7 +71,7 @@ def test_every_family_is_tried() -> None:
     assert sorted((*WORKS, *REFUSED)) == sorted(FAMILIES)
 
 
-@deepspeed
+@needs_deepspeed
 @pytest.mark.parametrize("family", REFUSED)
 def test_what_deepspeed_cannot_cut_is_refused(gang: GangProcesses, tmp_path: Path, family: str) -> None:
     checkpoint = resolve(ModelConfig(id=str(tiny_checkpoint(tmp_path, family))))
@@ -76,7 +80,7 @@ def test_what_deepspeed_cannot_cut_is_refused(gang: GangProcesses, tmp_path: Pat
     assert str(error.value).endswith(ADVICE)
 
 
-@deepspeed
+@needs_deepspeed
 def test_what_is_cut_wrongly_is_refused(gang: GangProcesses, tmp_path: Path) -> None:
     """Ranks that don't hold parts of one model: each finds its own blocks whole, but the sum is of no model."""
     paths = [tiny_checkpoint(tmp_path / str(seed), seed=seed) for seed in range(2)]
@@ -89,7 +93,7 @@ def test_what_is_cut_wrongly_is_refused(gang: GangProcesses, tmp_path: Path) -> 
     )
 
 
-@deepspeed
+@needs_deepspeed
 def test_missing_weight_is_refused(gang: GangProcesses, tmp_path: Path) -> None:
     whole = resolve(ModelConfig(id=str(tiny_checkpoint(tmp_path / "whole"))))
     broken = damaged(whole, tmp_path / "broken", without=r"model\.layers\.3\.mlp\.down_proj\.weight")
@@ -97,7 +101,7 @@ def test_missing_weight_is_refused(gang: GangProcesses, tmp_path: Path) -> None:
         gang.call(load, broken)
 
 
-@deepspeed
+@needs_deepspeed
 def test_bfloat16(gang: GangProcesses, tmp_path: Path) -> None:
     calm = Family.calm("llama", tmp_path)
     together, _ = gang.call(means, calm.checkpoint, SITES, "bfloat16")
@@ -106,7 +110,7 @@ def test_bfloat16(gang: GangProcesses, tmp_path: Path) -> None:
     assert relative_error(together, truth) <= 2 * alone
 
 
-@deepspeed
+@needs_deepspeed
 @pytest.mark.parametrize("family", WORKS)
 def test_same_text_as_one_process(gang: GangProcesses, tmp_path: Path, family: str) -> None:
     config = ModelConfig(id=str(tiny_checkpoint(tmp_path, family)))
@@ -121,12 +125,12 @@ def test_same_text_as_one_process(gang: GangProcesses, tmp_path: Path, family: s
     assert gang.call(responses, checkpoint, prompts, settings) == [alone, alone]
 
 
-@deepspeed
+@needs_deepspeed
 def test_ranks_agree(gang: GangProcesses) -> None:
     assert gang.call(agreed) == [([0, 7], 1.0, 3.0)] * 2
 
 
-@deepspeed
+@needs_deepspeed
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
 def test_a_rank_holds_its_share_and_one_whole_block(gang: GangProcesses, tmp_path: Path) -> None:
     layers = 12
@@ -140,7 +144,7 @@ def test_a_rank_holds_its_share_and_one_whole_block(gang: GangProcesses, tmp_pat
         assert rank["grown"] < 0.8 * weights
 
 
-@deepspeed
+@needs_deepspeed
 def test_where_memory_runs_out_all_ranks_run_halves(gang: GangProcesses, tmp_path: Path) -> None:
     checkpoint = resolve(ModelConfig(id=str(tiny_checkpoint(tmp_path))))
     for (whole, plenty), (parts, scarce) in gang.call(halved, checkpoint, True):
@@ -148,7 +152,7 @@ def test_where_memory_runs_out_all_ranks_run_halves(gang: GangProcesses, tmp_pat
         np.testing.assert_allclose(scarce, plenty, rtol=1e-4, atol=1e-5)
 
 
-@deepspeed
+@needs_deepspeed
 def test_a_rank_that_runs_out_of_memory_alone_does_not_go_on(tmp_path: Path) -> None:
     checkpoint = resolve(ModelConfig(id=str(tiny_checkpoint(tmp_path))))
     processes = GangProcesses(2)
@@ -165,7 +169,7 @@ def test_a_rank_that_runs_out_of_memory_alone_does_not_go_on(tmp_path: Path) -> 
         processes.close()
 
 
-@deepspeed
+@needs_deepspeed
 def test_a_rank_that_dies_ends_the_wait_of_the_others(tmp_path: Path) -> None:
     checkpoint = resolve(ModelConfig(id=str(tiny_checkpoint(tmp_path))))
     processes = GangProcesses(2)

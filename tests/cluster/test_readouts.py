@@ -10,10 +10,10 @@ import pytest
 from personaspace.cluster.adoption import adopt_orphans
 from personaspace.cluster.config import ClusterConfig
 from personaspace.cluster.events import Note, StepStarted
-from personaspace.cluster.extraction import check_stages
 from personaspace.cluster.generation import generate
 from personaspace.cluster.job import Job
 from personaspace.cluster.session import hold_run
+from personaspace.cluster.sharding import extraction_shares
 from personaspace.extract.config import Site
 from personaspace.extract.engine import Extractor
 from personaspace.store import open_run
@@ -135,16 +135,17 @@ def test_nothing_behind_the_last_layer_that_is_asked_for_is_run(place: Path, who
     """Broken weights in layer 4 do no harm to a run that ends before it."""
     poison(place / "model", place / "broken", layer=4)
     job = job_for(place, "layers", model="broken", layers=(3,))
-    assert check_stages(job, ClusterConfig()) == [0, 4]
+    [share] = extraction_shares(job, ClusterConfig(), actors=1)
+    assert (share.first, share.stop) == (0, 4)
     message = (
         "cluster.stages: stages must be 1 to 2 (layer groups of 2), not 3. Use fewer stages, or a new run with a "
         "smaller layer_group."
     )
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
-        check_stages(job, ClusterConfig(stages=3))
+        extraction_shares(job, ClusterConfig(), actors=3)
     # The first of two stages has no layer to read: it only hands on.
     [note] = [event.text for event in run_job(job, stages=2) if isinstance(event, Note)]
-    assert "replicas of 2 stage(s), layers cut at [0, 2, 4], " in note
+    assert "replicas of 2 (pipeline: stage of layers 0 to 1, stage of layers 2 to 3), " in note
     run, expected = open_run(job.folder).load(), open_run(whole.folder).load()
     np.testing.assert_array_equal(run[RESID_POST_MEAN].values[:, 2:4], expected[RESID_POST_MEAN].values[:, 2:4])
     assert np.isnan(run[RESID_POST_MEAN].values[:, [0, 1, 4, 5]]).all()
