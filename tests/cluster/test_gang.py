@@ -30,6 +30,7 @@ from tests.cluster.gang_processes import (
     responses,
 )
 from tests.extract.families import SITES, Family, relative_error
+from tests.extract.quantised import fp8
 from tests.extract.test_slicing import damaged
 from tests.models import FAMILIES, tiny_checkpoint
 
@@ -99,6 +100,15 @@ def test_missing_weight_is_refused(gang: GangProcesses, tmp_path: Path) -> None:
     broken = damaged(whole, tmp_path / "broken", without=r"model\.layers\.3\.mlp\.down_proj\.weight")
     with pytest.raises(UnsupportedModelError, match=r"1 weights of layers 3 to 3 are not in the checkpoint"):
         gang.call(load, broken)
+
+
+@needs_deepspeed
+def test_quantised_weights_are_refused(gang: GangProcesses, tmp_path: Path) -> None:
+    checkpoint = fp8(tmp_path)
+    with pytest.raises(
+        InputError, match=r"quantised by fp8; such weights can't be used with cluster\.sharding: tensor"
+    ):
+        gang.call(load, checkpoint)
 
 
 @needs_deepspeed

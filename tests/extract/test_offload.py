@@ -21,6 +21,7 @@ from personaspace.extract.slicing import PassThrough, Slice, load_slice
 from personaspace.extract.stage import Stage
 from personaspace.store.errors import InputError
 from tests.extract.families import LAYERS, SITES, samples_batch
+from tests.extract.quantised import fp8
 from tests.extract.test_slicing import damaged, tiny
 from tests.models import FAMILIES, tiny_checkpoint
 
@@ -108,6 +109,16 @@ def test_nothing_to_offload_from(llama: Checkpoint) -> None:
     assert str(error.value) == (
         "cluster.offload_to: cpu, but the model runs on the CPU already, so nothing would be offloaded. Set it to "
         "`disk`, or cluster.sharding to `pipeline`."
+    )
+
+
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    checkpoint = fp8(tmp_path)
+    with pytest.raises(InputError) as error:
+        load_offloaded(checkpoint, DISK, dtype="float32")
+    assert str(error.value) == (
+        f"model.id: {checkpoint.source} is quantised by fp8; such weights can't be used with cluster.sharding: "
+        "offload. Set it to `pipeline`."
     )
 
 
