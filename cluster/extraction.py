@@ -85,7 +85,7 @@ def _run(
     missing = {array for units in windows for unit in units for array, _ in job.missing_shards(committed, unit)}
     arrays = tuple(spec for spec in job.manifest.arrays if spec.record in missing)
     nodes = alive_nodes()
-    actors = extraction_actors(cluster, nodes, fewest_stages=1)
+    actors = extraction_actors(job, cluster, nodes)
     workers = share_cluster(cluster, actors)
     shares = extraction_shares(job, cluster, actors, workers.device)
     transport = None

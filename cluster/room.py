@@ -41,6 +41,14 @@ class Workers:
         return {"CPU": self.cpus, **({"GPU": float(self.gpus)} if self.gpus else {})}
 
 
+def chosen_device(nodes: Sequence[Node], device: Device) -> str:
+    """`cuda` or `cpu`. Raises InputError for a GPU that is asked for and that no node has."""
+    with_gpus = any(node.gpus for node in nodes)
+    if device == "cuda" and not with_gpus:
+        raise InputError("cluster.device: cuda, and no node of the cluster has a GPU; set it to cpu or auto.")
+    return "cuda" if with_gpus and device != "cpu" else "cpu"
+
+
 def share(nodes: Sequence[Node], device: Device, actors: int, replicas: int | None) -> Workers:
     """Divide the nodes among replicas of so many actors.
 
@@ -50,10 +58,8 @@ def share(nodes: Sequence[Node], device: Device, actors: int, replicas: int | No
     """
     if not any(node.cpus for node in nodes):
         raise InputError("cluster: it has no CPUs for actors; start its nodes with --num-cpus.")
-    with_gpus = [node for node in nodes if node.gpus]
-    if device == "cuda" and not with_gpus:
-        raise InputError("cluster.device: cuda, and no node of the cluster has a GPU; set it to cpu or auto.")
-    if with_gpus and device != "cpu":
+    if chosen_device(nodes, device) == "cuda":
+        with_gpus = [node for node in nodes if node.gpus]
         return Workers(device="cuda", cpus=_whole(min(node.cpus / node.gpus for node in with_gpus)), gpus=1)
     with_cpus = [node for node in nodes if node.cpus]
     per_node = actors * -(-(replicas or len(with_cpus)) // len(with_cpus))

@@ -11,7 +11,8 @@ import ray
 from personaspace.cluster.config import ClusterConfig, Generation, Sharding
 from personaspace.cluster.gang import Gang, Rendezvous
 from personaspace.cluster.job import Job
-from personaspace.cluster.room import Node
+from personaspace.cluster.room import Node, chosen_device
+from personaspace.cluster.stage_count import fewest_stages
 from personaspace.extract.offload import Offload
 from personaspace.store.errors import InputError
 
@@ -76,11 +77,13 @@ def check_sharding(job: Job, cluster: ClusterConfig) -> None:
         )
 
 
-def extraction_actors(cluster: ClusterConfig, nodes: Sequence[Node], fewest_stages: int) -> int:
-    """Actors of a replica that extracts. Raises InputError where the size of a gang is open."""
+def extraction_actors(job: Job, cluster: ClusterConfig, nodes: Sequence[Node]) -> int:
+    """Actors of a replica that extracts. Raises InputError where the config leaves it open and nodes don't tell."""
     if cluster.sharding == "offload":
         return 1
-    return gang_size(cluster, nodes) if cluster.sharding == "tensor" else cluster.stages or fewest_stages
+    if cluster.sharding == "tensor":
+        return gang_size(cluster, nodes)
+    return cluster.stages or fewest_stages(job, nodes, chosen_device(nodes, cluster.device))
 
 
 def generation_actors(cluster: ClusterConfig, nodes: Sequence[Node]) -> int:
