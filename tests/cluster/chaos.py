@@ -51,6 +51,7 @@ LAYERS, HIDDEN = 12, 128
 WORKER = {"extract": "ray::StageActor", "generate": "ray::Generator"}
 PATIENCE = 300.0
 """Seconds that a command may take."""
+NOBODY = "nobody"
 AWAY = 5.0
 """Seconds for which the store is read-only."""
 SHORT_STOP, LONG_STOP = 4.0, 20.0
@@ -200,7 +201,7 @@ def stop_worker(step: str, seconds: float) -> Callable[[Laboratory, subprocess.P
 
     def happen(laboratory: Laboratory, process: subprocess.Popen[str]) -> str:
         done = _signal_worker(laboratory, process, step, signal.SIGSTOP)
-        pid = int(done.split()[-1]) if done != "nobody" else 0
+        pid = int(done.split()[-1]) if done != NOBODY else 0
         if pid:
             threading.Timer(seconds, _continue, [pid]).start()
         return done
@@ -247,7 +248,10 @@ KINDS = [
 
 
 def disturb(laboratory: Laboratory, kind: Kind, moment: float, run: str) -> Trial:
-    """Let it happen ``moment`` of the way from the workers' readiness to the end, and see what comes of it."""
+    """Let it happen ``moment`` of the way from the workers' readiness to the end, and see what comes of it.
+
+    Earlier, if nobody is left by then whom it could happen to.
+    """
     begin = time.monotonic()
     place = laboratory.disk / run
     if kind.step == "extract":
@@ -258,6 +262,10 @@ def disturb(laboratory: Laboratory, kind: Kind, moment: float, run: str) -> Tria
     output.wait_for("is ready")
     time.sleep(moment * laboratory.working[kind.step])
     what = kind.happen(laboratory, process)
+    if what == NOBODY:
+        output.end()
+        shutil.rmtree(place)
+        return disturb(laboratory, kind, moment * random.random(), run)
     code, text, commands = output.end(), output.text, 1
     repeated = unfinished(place, kind.step) if what.startswith("driver") else 0
     if code:
@@ -322,7 +330,7 @@ def _signal_worker(laboratory: Laboratory, process: subprocess.Popen[str], step:
             worker.send_signal(number)
             return f"worker {worker.pid}"
         time.sleep(0.05)
-    return "nobody"
+    return NOBODY
 
 
 def _continue(pid: int) -> None:
