@@ -138,7 +138,7 @@ def prepare(
     check_supported(checkpoint)
     check_packages(checkpoint.source, checkpoint.quantization)
     chat = ChatFormat(checkpoint, model)
-    plan = plan_rollouts(personas, generate, checkpoint)
+    plan = plan_rollouts(personas, generate, checkpoint.name)
     layout = _layout(plan, checkpoint, store, None if existing is None else existing.layout)
     identity = {
         "model": {
@@ -207,10 +207,11 @@ def prepare(
     )
 
 
-def plan_rollouts(personas: PersonasConfig, generate: GenerateConfig, checkpoint: Checkpoint) -> PersonaPlan:
+def plan_rollouts(personas: PersonasConfig, generate: GenerateConfig, model_name: str) -> PersonaPlan:
+    """The rollouts that a config plans, to generate or to import; ``model_name`` fills `{model_name}`."""
     if generate.responses is None:
         generation = json.dumps(_generation(generate), sort_keys=True)
-        return plan_personas(personas, model_name=checkpoint.name, generation=generation)
+        return plan_personas(personas, model_name=model_name, generation=generation)
     folder = Path(generate.responses).expanduser()
     if not folder.is_dir():
         raise InputError(

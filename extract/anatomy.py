@@ -62,17 +62,21 @@ def dissect(backbone: PreTrainedModel, layers: int) -> Anatomy:
 def empty_model(checkpoint: Checkpoint, *, head: bool = False) -> PreTrainedModel:
     """The backbone without weights, or the whole model with its head: tells class and structure at no cost."""
     config = AutoConfig.from_pretrained(checkpoint.source, **checkpoint.loading())
+    return build_empty(config, checkpoint.source, checkpoint.trust_remote_code, head=head)
+
+
+def build_empty(config: Any, source: str, trust_remote_code: bool = False, *, head: bool = False) -> PreTrainedModel:
+    """What ``config`` describes, without weights; with its head, if asked. Raises UnsupportedModelError naming
+    ``source``."""
     refusal: ValueError | None = None
     for kind in (*_WITH_HEAD, AutoModel) if head else (AutoModel,):
         try:
             with init_empty_weights():
-                model: PreTrainedModel = kind.from_config(config, trust_remote_code=checkpoint.trust_remote_code)
+                model: PreTrainedModel = kind.from_config(config, trust_remote_code=trust_remote_code)
             return model
         except ValueError as error:
             refusal = error
-    raise UnsupportedModelError(
-        f"{checkpoint.source}: transformers has no model for {config.model_type}: {refusal}"
-    ) from refusal
+    raise UnsupportedModelError(f"{source}: transformers has no model for {config.model_type}: {refusal}") from refusal
 
 
 def check_supported(checkpoint: Checkpoint) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from personaspace.config import load_config, print_flags
+from personaspace.plan_cli import add_plan_command, run_plan
 from personaspace.store.errors import InputError, PersonaspaceError
 from personaspace.store_cli import add_commands, run_store
 
@@ -25,6 +26,7 @@ examples:
   personaspace extract configs/demo.yaml --cluster.stages 3
   personaspace fit runs/demo --analysis.components 16
   personaspace preview configs/demo.yaml --role ghost --html preview.html
+  personaspace plan configs/demo.yaml --nodes 2 --gpus-per-node 8 --gpu H100 --price 2.5
   personaspace status runs/demo
   personaspace store ls runs
   ray job submit --address http://HEAD:8265 --working-dir . -- python -m personaspace run configs/demo.yaml
@@ -40,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if parsed.command == "store":
             return run_store(parsed, flags)
+        if parsed.command == "plan":
+            run_plan(parsed, flags)
+            return 0
         if parsed.command == "preview":
             return _preview(parsed, flags)
         if parsed.command == "status":
@@ -88,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page for the browser")
     status = commands.add_parser("status", help="how far a run is, and who writes it")
     status.add_argument("target", metavar="RUN", help="folder of a run, such as runs/demo, or its config file")
+    add_plan_command(commands)
     add_commands(commands)
     return parser
 

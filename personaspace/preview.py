@@ -44,7 +44,7 @@ def preview(config: RunConfig, *, count: int, role: str | None, html: Path | Non
     """
     checkpoint = resolve(config.model)
     chat = ChatFormat(checkpoint, config.model)
-    plan = plan_rollouts(config.personas, config.generate, checkpoint)
+    plan = plan_rollouts(config.personas, config.generate, checkpoint.name)
     arrays = plan_arrays(config.extract.sites, config.extract.reductions, config.extract.layers)
     rows = _choose(plan, role, count)
     stored = _stored(config, {row.rollout_id for row in rows})

@@ -1,0 +1,99 @@
+"""`personaspace plan`: what a run would take, from the model's shape, its work and the machines. Pure functions."""
+
+from dataclasses import dataclass, replace
+
+from personaspace.cluster.advice import advise
+from personaspace.cluster.costs import Asked
+from personaspace.cluster.extraction_plan import ExtractionPlan, Setting, plan_extraction
+from personaspace.cluster.generation_plan import GenerationPlan, plan_generation
+from personaspace.cluster.machines import Machines, Rates
+from personaspace.cluster.workload import Workload, count_work
+from personaspace.extract.config import Dtype, ExtractConfig, GenerateConfig, ModelConfig
+from personaspace.extract.personas import PersonaPlan
+from personaspace.extract.shape import ModelShape
+from personaspace.store.config import StoreConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunPlan:
+    """What a run would take."""
+
+    shape: ModelShape
+    dtype: Dtype
+    machines: Machines
+    rates: Rates
+    work: Workload
+    generation: GenerationPlan | None
+    """None where responses are imported."""
+    extraction: ExtractionPlan
+    warnings: tuple[str, ...]
+    """What does not fit or wastes, each with the nearest way out."""
+
+    @property
+    def flop(self) -> float:
+        """Of generating and extracting."""
+        generated = self.generation.prefill_flop + self.generation.decode_flop if self.generation else 0.0
+        return generated + self.extraction.flop
+
+    @property
+    def hours(self) -> float:
+        """Of generating, then extracting; fit and report are minutes and not counted."""
+        return ((self.generation.seconds if self.generation else 0.0) + self.extraction.seconds) / 3600
+
+    @property
+    def device_hours(self) -> float:
+        """Hours of all devices, used or not."""
+        return self.hours * self.machines.devices
+
+
+def plan_run(
+    shape: ModelShape,
+    personas: PersonaPlan,
+    *,
+    model: ModelConfig,
+    generate: GenerateConfig,
+    extract: ExtractConfig,
+    store: StoreConfig,
+    machines: Machines,
+    rates: Rates,
+    asked: Asked,
+    prompt_tokens: float | None = None,
+    response_tokens: float | None = None,
+) -> RunPlan:
+    """Plan a run. Means of prompts and responses, in tokens, are estimated where not given.
+
+    Raises InputError for sites or reductions that don't exist.
+    """
+    work = count_work(
+        personas,
+        shape,
+        generate,
+        extract,
+        store,
+        model.attention,
+        prompt_tokens=prompt_tokens,
+        response_tokens=response_tokens,
+    )
+    fused = model.attention != "eager" and (model.attention != "auto" or not shape.eager_attention)
+    groups = -(-work.run_layers // work.layout.layer_group)
+    stages = None if asked.stages is None else min(asked.stages, groups)
+    setting = Setting(
+        shape=shape,
+        dtype=model.dtype,
+        work=work,
+        machines=machines,
+        rates=rates,
+        asked=replace(asked, stages=stages),
+        fused_attention=fused,
+    )
+    generation, extraction = plan_generation(setting), plan_extraction(setting)
+    return RunPlan(
+        shape=shape,
+        dtype=model.dtype,
+        machines=machines,
+        rates=rates,
+        work=work,
+        generation=generation,
+        extraction=extraction,
+        warnings=tuple(advise(replace(setting, asked=asked), generation, extraction)),
+    )

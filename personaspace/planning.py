@@ -1,0 +1,154 @@
+"""From a config and flags to a plan: finds shape, personas, machines and rates."""
+
+import argparse
+import os
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
+
+from personaspace.cluster.config import ClusterConfig
+from personaspace.cluster.costs import Asked, forward_flop
+from personaspace.cluster.described import Description, described_machines, live_machines, this_machine
+from personaspace.cluster.job import plan_rollouts
+from personaspace.cluster.machines import Machines, Rates, gpu_rates
+from personaspace.cluster.plan import RunPlan, plan_run
+from personaspace.cluster.session import ray_cluster
+from personaspace.config import RunConfig
+from personaspace.extract.calibrate import calibrate
+from personaspace.extract.config import ModelConfig
+from personaspace.extract.counting import count_shape, read_config
+from personaspace.extract.shape import ModelShape, shipped_config, shipped_shape, shipped_shapes
+from personaspace.store.errors import InputError
+
+
+def plan_config(config: RunConfig, flags: argparse.Namespace) -> RunPlan:
+    """Plan the run that ``config`` describes on the machines that ``flags`` describe, or that are there."""
+    transformers_logging.set_verbosity_error()
+    description = Description(
+        nodes=flags.nodes,
+        gpus_per_node=flags.gpus_per_node,
+        gpu=flags.gpu,
+        gpu_memory=flags.gpu_memory,
+        host_memory=flags.host_memory,
+        flops=flags.flops,
+        bandwidth=flags.bandwidth,
+    )
+    shape = find_shape(config.model)
+    with ExitStack() as stack:
+        machines = find_machines(description, config.cluster, ray_address(config), stack)
+        if config.cluster.device == "cpu" and machines.device.kind == "cuda":
+            raise InputError("cluster.device: cpu, but the machines to plan for have GPUs; leave one of the two out.")
+    asked = asked_of(config.cluster)
+    options = {"prompt_tokens": flags.prompt_tokens, "response_tokens": flags.response_tokens}
+    stated = gpu_rates(
+        machines.device, peak_share=flags.peak_share, bandwidth_share=flags.bandwidth_share, layers=shape.layers
+    )
+    measured = machines.device.kind == "cpu" and not machines.device.flops
+    if machines.device.kind == "cpu" and not measured:
+        stated = replace(stated, step_seconds=0.0, decode_bandwidth=stated.decode_bandwidth or float("inf"))
+    plan = make_plan(config, shape, machines, stated, asked, **options)
+    if not measured:
+        return plan
+    return make_plan(config, shape, machines, measure_rates(config.model, plan), asked, **options)
+
+
+def make_plan(
+    config: RunConfig, shape: ModelShape, machines: Machines, rates: Rates, asked: Asked, **options: float | None
+) -> RunPlan:
+    """The plan of ``config`` with everything found."""
+    personas = plan_rollouts(config.personas, config.generate, shape.name)
+    return plan_run(
+        shape,
+        personas,
+        model=config.model,
+        generate=config.generate,
+        extract=config.extract,
+        store=config.store,
+        machines=machines,
+        rates=rates,
+        asked=asked,
+        **options,
+    )
+
+
+def find_shape(model: ModelConfig) -> ModelShape:
+    """The model's shape: shipped with the package, else from its config. Raises InputError where neither is there."""
+    shipped = None if Path(model.id).expanduser().is_dir() else shipped_shape(model.id)
+    if shipped is not None:
+        return shipped
+    name = Path(model.id).expanduser().name
+    try:
+        config = read_config(model)
+    except InputError as error:
+        known = sorted({name for document in shipped_shapes().values() for name in document["ids"]})
+        raise InputError(f"{error} No download is needed for {', '.join(known)}.") from error
+    return count_shape(config, name, trust_remote_code=model.trust_remote_code)
+
+
+def asked_of(cluster: ClusterConfig) -> Asked:
+    """What the config says of the cluster; what it leaves at its default, the plan chooses."""
+    default = ClusterConfig()
+
+    def stated(name: str) -> int | None:
+        value = getattr(cluster, name)
+        return value if isinstance(value, int) and value != getattr(default, name) else None
+
+    return Asked(
+        stages=stated("stages"),
+        replicas=stated("replicas"),
+        generators=stated("generators"),
+        in_flight=stated("in_flight"),
+        sharding=getattr(cluster, "sharding", "pipeline"),
+    )
+
+
+def ray_address(config: RunConfig) -> str | None:
+    """The Ray cluster to plan for, if there is one."""
+    return config.cluster.address or os.environ.get("RAY_ADDRESS")
+
+
+def find_machines(description: Description, cluster: ClusterConfig, address: str | None, stack: ExitStack) -> Machines:
+    """Those that flags describe, else the live cluster's, else this one."""
+    if description.names_machines:
+        return described_machines(description)
+    if address is not None:
+        stack.enter_context(ray_cluster(cluster))
+        return live_machines(description)
+    return this_machine(description)
+
+
+def measure_rates(model: ModelConfig, plan: RunPlan) -> Rates:
+    """What a core of this machine does with the model: a few seconds of its own blocks, with random weights."""
+    work, cores = plan.work, plan.machines.nodes[0].devices
+    tokens = round(work.rollout_tokens)
+    rows = max(1, round(work.micro_batch_tokens / tokens))
+    found = calibrate(
+        _transformers_config(model),
+        work.run_layers,
+        model.dtype,
+        micro_batch=(rows, tokens),
+        decode_rows=work.batch_rows,
+        context=round(work.prompt_tokens + work.max_new_tokens / 2),
+        threads=cores,
+    )
+    flop = rows * tokens * forward_flop(plan.shape, 0, work.run_layers, tokens)
+    return Rates(
+        forward_flops=flop / found.forward_seconds / cores,
+        decode_flops=float("inf"),
+        decode_bandwidth=float("inf"),
+        step_seconds=0.0,
+        step_device_seconds=found.step_seconds * cores,
+        source=f"measured with {cores} threads: {flop / found.forward_seconds / 1e12:.2f} TFLOP/s, "
+        f"{found.step_seconds * 1e3:.0f} ms a step",
+    )
+
+
+def _transformers_config(model: ModelConfig) -> Any:
+    shipped = None if Path(model.id).expanduser().is_dir() else shipped_config(model.id)
+    if shipped is None:
+        return read_config(model)
+    return AutoConfig.for_model(**shipped)
