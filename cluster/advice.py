@@ -100,7 +100,8 @@ def _generation_fits(setting: Setting, plan: GenerationPlan) -> Iterator[str]:
     if plan.offload:
         yield (
             f"Generating takes {need}, and neither a device of {where} nor a gang of one node holds that: weights "
-            "would be fetched at each step. Lower generate.batch_rows, use devices with more memory, or import responses."
+            "would be fetched at each step. Lower generate.batch_rows, use devices with more memory, or import "
+            "responses."
         )
     elif plan.devices_each > 1 and setting.machines.device.kind == "cuda":
         yield (

@@ -42,6 +42,9 @@ from personaspace.cluster.workload import Workload
 from personaspace.extract.config import Dtype
 from personaspace.extract.shape import BYTES_OF, ModelShape
 
+INDIFFERENT = 0.05
+"""Of layouts whose time differs by less than this share, the one with fewest stages is planned: less to hand over, and
+less is lost with a worker."""
 WINDOWS_HELD = 3
 """Windows of which a stage holds sums at once: two that wait for their writers, and one that is running."""
 
@@ -118,8 +121,8 @@ def plan_extraction(setting: Setting) -> ExtractionPlan:
         return _plan_offload(setting)
     most = min(layer_groups(setting.shape, setting.work.layout.layer_group), machines.devices)
     plans = [_plan_pipeline(setting, count) for count in range(fewest, most + 1)]
-    # Of equally fast ones the fewest stages: less to hand over.
-    return min(plans, key=lambda plan: (round(plan.seconds, 3), len(plan.stages)))
+    fastest = min(plan.seconds for plan in plans)
+    return next(plan for plan in plans if plan.seconds <= fastest * (1 + INDIFFERENT))
 
 
 def fewest_stages(setting: Setting) -> int | None:

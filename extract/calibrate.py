@@ -1,34 +1,40 @@
-"""What this machine does with a model: two sizes of it with random weights, timed for a few seconds.
+"""What a CPU core does with a model: two sizes of it with random weights, timed for a few seconds.
 
 A table of peaks says little of CPUs, where norms, rotary tables, caches and sampling take as long as the products. So a
 few of the model's own blocks run as they will in the job, and the time of all layers follows from the difference of two
-depths: a step costs ``fixed + layers x per_layer``.
+depths: a step costs ``fixed + layers x per_layer``. One thread is timed by its own clock, so that other work on the
+machine counts little; that cores add up is assumed.
 """
 
 import copy
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from personaspace.extract.config import Dtype
 from personaspace.extract.generate.noise import GumbelTopP
 
-DEPTHS = (1, 3)
+DEPTHS = (1, 5)
 """Layers of the two models that are timed."""
-STEPS = (2, 6)
-"""Decoding steps whose difference is timed."""
+STEPS = 14
+"""Decoding steps, whose median is taken."""
 REPEATS = 3
+COLD = 0.01
+"""Temperature. To random weights all tokens are nearly alike, and a nucleus of all would take far longer to find than
+that of a trained model."""
 PATIENCE = 3.0
 """Seconds after which one figure is not repeated again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """Seconds on this machine, with all of the given threads."""
+    """Seconds of one core."""
 
     forward_seconds: float
     """Of one micro-batch through all layers."""
@@ -36,7 +42,6 @@ class Calibration:
     """Tokens of that micro-batch."""
     step_seconds: float
     """Of one decoding step of all layers, the head and sampling."""
-    threads: int
 
 
 def calibrate(
@@ -47,7 +52,6 @@ def calibrate(
     micro_batch: tuple[int, int],
     decode_rows: int,
     context: int,
-    threads: int,
 ) -> Calibration:
     """Time the model that ``config`` (transformers') describes; ``micro_batch`` is (rows, tokens) of a forward pass.
 
@@ -55,7 +59,7 @@ def calibrate(
     CPUs can run; thread count and random state are as before afterwards.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -68,7 +72,6 @@ def calibrate(
         forward_seconds=_extrapolate(forward, layers),
         forward_tokens=micro_batch[0] * micro_batch[1],
         step_seconds=_extrapolate(step, layers),
-        threads=threads,
     )
 
 
@@ -97,20 +100,28 @@ def _forward(model: Any, rows: int, tokens: int) -> float:
 @torch.inference_mode()
 def _step(model: Any, rows: int, context: int) -> float:
     ids_BT = torch.randint(model.config.get_text_config().vocab_size, (rows, context))
-    mask_BT = torch.ones_like(ids_BT)
     model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0, do_sample=False)
+    clock = _Clock()
+    sampler = GumbelTopP(list(range(rows)), temperature=COLD, top_p=0.9, prompt_length=context)
+    model.generate(
+        input_ids=ids_BT,
+        attention_mask=torch.ones_like(ids_BT),
+        max_new_tokens=STEPS,
+        logits_processor=LogitsProcessorList([sampler, clock]),
+    )
+    # The first one follows the pass over the prompts.
+    return statistics.median(stop - start for start, stop in pairwise(clock.times[1:]))
 
-    def generate(steps: int) -> None:
-        sampler = GumbelTopP(list(range(rows)), temperature=0.7, top_p=0.9, prompt_length=context)
-        model.generate(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            max_new_tokens=steps,
-            logits_processor=LogitsProcessorList([sampler]),
-        )
 
-    few, many = STEPS
-    return (_best(lambda: generate(many)) - _best(lambda: generate(few))) / (many - few)
+class _Clock(LogitsProcessor):
+    """Notes when each decoding step has its scores, and changes nothing."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.times.append(time.thread_time())
+        return scores
 
 
 def _best(work: Callable[[], object]) -> float:
@@ -118,9 +129,9 @@ def _best(work: Callable[[], object]) -> float:
     work()
     seconds = []
     for _ in range(REPEATS):
-        start = time.perf_counter()
+        start = time.thread_time()
         work()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.thread_time() - start)
         if sum(seconds) > PATIENCE:
             break
     return min(seconds)

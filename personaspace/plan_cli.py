@@ -100,8 +100,8 @@ def _rows(plan: RunPlan, price: float | None) -> Iterator[tuple[str, str]]:
     yield (
         "store",
         (
-            f"{human_bytes(work.store_bytes)}: {work.stored_values / 1e9:,.2f} billion values in {work.shards:,} shards, "
-            f"{work.objects:,} objects"
+            f"{human_bytes(work.store_bytes)}: {work.stored_values / 1e9:,.2f} billion values in {work.shards:,} "
+            f"shards, {work.objects:,} objects"
         ),
     )
     yield "FLOP", f"{plan.flop:.2e}, of them {extraction.flop:.2e} for extraction"
@@ -135,7 +135,8 @@ def _extraction_rows(plan: ExtractionPlan) -> Iterator[tuple[str, str]]:
         "",
         (
             f"memory of the fullest: {_memory(need.total, plan.memory_bytes)}: weights {need.weights / GiB:.1f}, "
-            f"activations {need.activations / GiB:.1f}, sums {need.pooled / GiB:.2f}, workspace {need.workspace / GiB:.1f}"
+            f"activations {need.activations / GiB:.1f}, sums {need.pooled / GiB:.2f}, "
+            f"workspace {need.workspace / GiB:.1f}"
         ),
     )
     yield "", f"host memory: {human_bytes(stage.host_bytes)} of sums per stage, {human_bytes(plan.host_bytes)} per node"

@@ -123,7 +123,7 @@ def find_machines(description: Description, cluster: ClusterConfig, address: str
 
 def measure_rates(model: ModelConfig, plan: RunPlan) -> Rates:
     """What a core of this machine does with the model: a few seconds of its own blocks, with random weights."""
-    work, cores = plan.work, plan.machines.nodes[0].devices
+    work = plan.work
     tokens = round(work.rollout_tokens)
     rows = max(1, round(work.micro_batch_tokens / tokens))
     found = calibrate(
@@ -133,16 +133,15 @@ def measure_rates(model: ModelConfig, plan: RunPlan) -> Rates:
         micro_batch=(rows, tokens),
         decode_rows=work.batch_rows,
         context=round(work.prompt_tokens + work.max_new_tokens / 2),
-        threads=cores,
     )
     flop = rows * tokens * forward_flop(plan.shape, 0, work.run_layers, tokens)
     return Rates(
-        forward_flops=flop / found.forward_seconds / cores,
+        forward_flops=flop / found.forward_seconds,
         decode_flops=float("inf"),
         decode_bandwidth=float("inf"),
         step_seconds=0.0,
-        step_device_seconds=found.step_seconds * cores,
-        source=f"measured with {cores} threads: {flop / found.forward_seconds / 1e12:.2f} TFLOP/s, "
+        step_device_seconds=found.step_seconds,
+        source=f"a core measured here: {flop / found.forward_seconds / 1e9:.0f} GFLOP/s, "
         f"{found.step_seconds * 1e3:.0f} ms a step",
     )
 
