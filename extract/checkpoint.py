@@ -41,13 +41,16 @@ class Checkpoint:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
-def resolve(config: ModelConfig) -> Checkpoint:
-    """Find the checkpoint of ``config``. Raises InputError if it does not exist or is no decoder model."""
+def resolve(config: ModelConfig, *, hashed: bool = True) -> Checkpoint:
+    """Find the checkpoint of ``config``; without the hashes of a folder's files, unless ``hashed``.
+
+    Raises InputError if it does not exist or is no decoder model.
+    """
     folder = Path(config.id).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise InputError(f"model.id: {folder} holds no config.json; give the folder of a checkpoint.")
-        source, revision, files = str(folder.resolve()), None, _hash_files(folder)
+        source, revision, files = str(folder.resolve()), None, _hash_files(folder) if hashed else {}
     elif config.id.startswith(("/", "~", ".")) or config.id.count("/") > 1:
         raise InputError(f"model.id: {config.id} does not exist; give a checkpoint folder or a Hugging Face id.")
     else:

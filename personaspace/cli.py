@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from personaspace.config import load_config, print_flags
+from personaspace.new_cli import add_new_command, run_new
 from personaspace.plan_cli import add_plan_command, run_plan
 from personaspace.store.errors import InputError, PersonaspaceError
 from personaspace.store_cli import add_commands, run_store
@@ -27,6 +28,7 @@ examples:
   personaspace fit runs/demo --analysis.components 16
   personaspace preview configs/demo.yaml --role ghost --html preview.html
   personaspace plan configs/demo.yaml --nodes 2 --gpus-per-node 8 --gpu H100 --price 2.5
+  personaspace new Qwen/Qwen3-8B --output qwen3-8b.yaml
   personaspace status runs/demo
   personaspace store ls runs
   ray job submit --address http://HEAD:8265 --working-dir . -- python -m personaspace run configs/demo.yaml
@@ -44,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run_store(parsed, flags)
         if parsed.command == "plan":
             run_plan(parsed, flags)
+            return 0
+        if parsed.command == "new":
+            run_new(parsed, flags)
             return 0
         if parsed.command == "preview":
             return _preview(parsed, flags)
@@ -94,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="how far a run is, and who writes it")
     status.add_argument("target", metavar="RUN", help="folder of a run, such as runs/demo, or its config file")
     add_plan_command(commands)
+    add_new_command(commands)
     add_commands(commands)
     return parser
 

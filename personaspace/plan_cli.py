@@ -32,13 +32,7 @@ def add_plan_command(commands: Any) -> None:
         allow_abbrev=False,
     )
     plan.add_argument("target", metavar="CONFIG", help="YAML file")
-    plan.add_argument("--nodes", type=int, metavar="N", help="plan for N nodes (default 1)")
-    plan.add_argument("--gpus-per-node", type=int, metavar="N", help="with N GPUs each (default 8)")
-    plan.add_argument("--gpu", metavar="NAME", help="such as H100 (the default), H200, A100, B200, L40S")
-    plan.add_argument("--gpu-memory", metavar="BYTES", help="of one GPU, such as 80GiB (default: the GPU's own)")
-    plan.add_argument("--host-memory", metavar="BYTES", help="of one node, such as 1TiB (default 1000GiB)")
-    plan.add_argument("--flops", type=float, metavar="X", help="FLOP per second of one device at best, such as 989e12")
-    plan.add_argument("--bandwidth", type=float, metavar="X", help="bytes per second of its memory, such as 3.35e12")
+    add_machine_flags(plan)
     plan.add_argument("--peak-share", type=_share, default=0.45, metavar="X", help="of --flops reached (default 0.45)")
     plan.add_argument(
         "--bandwidth-share", type=_share, default=0.6, metavar="X", help="of --bandwidth reached (default 0.6)"
@@ -47,6 +41,19 @@ def add_plan_command(commands: Any) -> None:
     plan.add_argument("--prompt-tokens", type=_above_zero, metavar="N", help="mean length (default: estimated)")
     plan.add_argument("--price", type=_above_zero, metavar="X", help="of one GPU (or CPU core) for an hour")
     plan.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON, too")
+
+
+def add_machine_flags(command: argparse.ArgumentParser) -> None:
+    """Add the flags that describe machines."""
+    command.add_argument("--nodes", type=int, metavar="N", help="plan for N nodes (default 1)")
+    command.add_argument("--gpus-per-node", type=int, metavar="N", help="with N GPUs each (default 8)")
+    command.add_argument("--gpu", metavar="NAME", help="such as H100 (the default), H200, A100, B200, L40S")
+    command.add_argument("--gpu-memory", metavar="BYTES", help="of one GPU, such as 80GiB (default: the GPU's own)")
+    command.add_argument("--host-memory", metavar="BYTES", help="of one node, such as 1TiB (default 1000GiB)")
+    command.add_argument(
+        "--flops", type=float, metavar="X", help="FLOP per second of one device at best, such as 989e12"
+    )
+    command.add_argument("--bandwidth", type=float, metavar="X", help="bytes per second of its memory, such as 3.35e12")
 
 
 def run_plan(parsed: argparse.Namespace, flags: Sequence[str]) -> None:

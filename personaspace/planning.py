@@ -3,7 +3,7 @@
 import argparse
 import os
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,9 @@ from personaspace.store.errors import InputError
 def plan_config(config: RunConfig, flags: argparse.Namespace) -> RunPlan:
     """Plan the run that ``config`` describes on the machines that ``flags`` describe, or that are there."""
     transformers_logging.set_verbosity_error()
-    description = Description(
-        nodes=flags.nodes,
-        gpus_per_node=flags.gpus_per_node,
-        gpu=flags.gpu,
-        gpu_memory=flags.gpu_memory,
-        host_memory=flags.host_memory,
-        flops=flags.flops,
-        bandwidth=flags.bandwidth,
-    )
     shape = find_shape(config.model)
     with ExitStack() as stack:
-        machines = find_machines(description, config.cluster, ray_address(config), stack)
+        machines = find_machines(_described(flags), config.cluster, ray_address(config), stack)
         if config.cluster.device == "cpu" and machines.device.kind == "cuda":
             raise InputError("cluster.device: cpu, but the machines to plan for have GPUs; leave one of the two out.")
     asked = asked_of(config.cluster)
@@ -54,6 +45,24 @@ def plan_config(config: RunConfig, flags: argparse.Namespace) -> RunPlan:
     if not measured:
         return plan
     return make_plan(config, shape, machines, measure_rates(config.model, plan), asked, **options)
+
+
+def sketch_plan(config: RunConfig, shape: ModelShape, flags: argparse.Namespace) -> RunPlan:
+    """The layout for ``config`` on the machines that ``flags`` describe, or that are there; its hours mean nothing."""
+    with ExitStack() as stack:
+        machines = find_machines(_described(flags), config.cluster, ray_address(config), stack)
+    device = machines.device
+    rates = gpu_rates(
+        replace(device, flops=device.flops or 1e12, bandwidth=device.bandwidth or 1e11),
+        peak_share=1.0,
+        bandwidth_share=1.0,
+        layers=shape.layers,
+    )
+    return make_plan(config, shape, machines, rates, Asked())
+
+
+def _described(flags: argparse.Namespace) -> Description:
+    return Description(**{field.name: getattr(flags, field.name) for field in fields(Description)})
 
 
 def make_plan(
