@@ -32,7 +32,7 @@ from personaspace.cluster.session import hold_run, ray_cluster
 from personaspace.config import RunConfig, load_config
 from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig
 from personaspace.extract.personas import PersonaPlan
-from personaspace.planning import find_shape, make_plan, measure_rates
+from personaspace.planning import find_shape, make_plan, measure_rates, rough_rates
 from personaspace.store.catalog import summarize
 from personaspace.store.config import StoreConfig
 
@@ -132,10 +132,7 @@ def predict(config: RunConfig) -> dict[str, Any]:
         in_flight=cluster.in_flight,
     )
     machines = this_machine(Description())
-    rough = gpu_rates(
-        replace(machines.device, flops=1e12, bandwidth=1e11), peak_share=1, bandwidth_share=1, layers=shape.layers
-    )
-    plan = make_plan(config, shape, machines, rough, asked)
+    plan = make_plan(config, shape, machines, rough_rates(machines, shape), asked)
     plan = make_plan(config, shape, machines, measure_rates(config.model, plan), asked)
     return {**figures(plan), "rates": asdict(plan.rates), "warnings": plan.warnings}
 

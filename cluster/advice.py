@@ -20,7 +20,8 @@ def advise(setting: Setting, generation: GenerationPlan | None, extraction: Extr
     if generation is not None:
         yield from _generation_fits(setting, generation)
     yield from _host_memory(setting, extraction)
-    yield from _use(setting, extraction)
+    if extraction.sharding != "offload":
+        yield from _use(setting, extraction)
     yield from _lengths(setting)
 
 

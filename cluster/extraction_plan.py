@@ -119,7 +119,11 @@ def plan_extraction(setting: Setting) -> ExtractionPlan:
     fewest = fewest_stages(setting)
     if fewest is None or not machines.groups(fewest):
         return _plan_offload(setting)
-    most = min(layer_groups(setting.shape, setting.work.layout.layer_group), machines.devices)
+    # Across nodes only where a node is not enough, and no more than the replicas asked for leave.
+    room = max(node.devices for node in machines.nodes)
+    room = room if fewest <= room else machines.devices
+    room = max(fewest, min(room, machines.devices // (asked.replicas or 1)))
+    most = min(layer_groups(setting.shape, setting.work.layout.layer_group), room)
     plans = [_plan_pipeline(setting, count) for count in range(fewest, most + 1)]
     fastest = min(plan.seconds for plan in plans)
     return next(plan for plan in plans if plan.seconds <= fastest * (1 + INDIFFERENT))

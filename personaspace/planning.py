@@ -35,30 +35,29 @@ def plan_config(config: RunConfig, flags: argparse.Namespace) -> RunPlan:
             raise InputError("cluster.device: cpu, but the machines to plan for have GPUs; leave one of the two out.")
     asked = asked_of(config.cluster)
     options = {"prompt_tokens": flags.prompt_tokens, "response_tokens": flags.response_tokens}
-    stated = gpu_rates(
+    if machines.device.kind == "cpu" and not machines.device.flops:
+        rough = make_plan(config, shape, machines, rough_rates(machines, shape), asked, **options)
+        return make_plan(config, shape, machines, measure_rates(config.model, rough), asked, **options)
+    rates = gpu_rates(
         machines.device, peak_share=flags.peak_share, bandwidth_share=flags.bandwidth_share, layers=shape.layers
     )
-    measured = machines.device.kind == "cpu" and not machines.device.flops
-    if machines.device.kind == "cpu" and not measured:
-        stated = replace(stated, step_seconds=0.0, decode_bandwidth=stated.decode_bandwidth or float("inf"))
-    plan = make_plan(config, shape, machines, stated, asked, **options)
-    if not measured:
-        return plan
-    return make_plan(config, shape, machines, measure_rates(config.model, plan), asked, **options)
+    if machines.device.kind == "cpu":
+        rates = replace(rates, step_seconds=0.0, decode_bandwidth=rates.decode_bandwidth or float("inf"))
+    return make_plan(config, shape, machines, rates, asked, **options)
 
 
 def sketch_plan(config: RunConfig, shape: ModelShape, flags: argparse.Namespace) -> RunPlan:
     """The layout for ``config`` on the machines that ``flags`` describe, or that are there; its hours mean nothing."""
     with ExitStack() as stack:
         machines = find_machines(_described(flags), config.cluster, ray_address(config), stack)
+    return make_plan(config, shape, machines, rough_rates(machines, shape), Asked())
+
+
+def rough_rates(machines: Machines, shape: ModelShape) -> Rates:
+    """Rates that are good enough to compare layouts on the same machines."""
     device = machines.device
-    rates = gpu_rates(
-        replace(device, flops=device.flops or 1e12, bandwidth=device.bandwidth or 1e11),
-        peak_share=1.0,
-        bandwidth_share=1.0,
-        layers=shape.layers,
-    )
-    return make_plan(config, shape, machines, rates, Asked())
+    device = replace(device, flops=device.flops or 1e12, bandwidth=device.bandwidth or 1e11)
+    return gpu_rates(device, peak_share=1.0, bandwidth_share=1.0, layers=shape.layers)
 
 
 def _described(flags: argparse.Namespace) -> Description:
