@@ -32,7 +32,7 @@ from personaspace.cluster.session import hold_run, ray_cluster
 from personaspace.config import RunConfig, load_config
 from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig
 from personaspace.extract.personas import PersonaPlan
-from personaspace.planning import find_shape, make_plan, measure_rates, rough_rates
+from personaspace.planning import asked_of, find_shape, make_plan, measure_rates, rough_rates
 from personaspace.store.catalog import summarize
 from personaspace.store.config import StoreConfig
 
@@ -125,12 +125,7 @@ def plan_paper(name: str, nodes: int) -> RunPlan:
 def predict(config: RunConfig) -> dict[str, Any]:
     """The figures that can be measured, for the layout that the config has."""
     cluster, shape = config.cluster, find_shape(config.model)
-    asked = Asked(
-        stages=int(cluster.stages),
-        replicas=int(cluster.replicas),
-        generators=int(cluster.generators),
-        in_flight=cluster.in_flight,
-    )
+    asked = asked_of(cluster)
     machines = this_machine(Description())
     plan = make_plan(config, shape, machines, rough_rates(machines, shape), asked)
     plan = make_plan(config, shape, machines, measure_rates(config.model, plan), asked)

@@ -7,14 +7,12 @@ attention.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
 
+from personaspace.cluster.config import Sharding
 from personaspace.cluster.fitting import MicroBatchLoad
 from personaspace.cluster.machines import Machines
 from personaspace.cluster.workload import Workload
 from personaspace.extract.shape import ModelShape
-
-Sharding = Literal["pipeline", "tensor", "offload"]
 
 HANDOVER = 4e9
 """Bytes per second of hidden states from stage to stage as Ray objects. An assumption."""
@@ -40,7 +38,7 @@ class Asked:
 
     stages: int | None = None
     replicas: int | None = None
-    generators: int | None = None
+    """Copies of the model, in both steps."""
     in_flight: int | None = None
     """Micro-batches on their way through a replica at once."""
     sharding: Sharding = "pipeline"
@@ -73,10 +71,10 @@ def first_layers(shape: ModelShape, layers: int) -> ModelShape:
 
 
 def devices_each(machines: Machines, workers: int) -> float:
-    """Devices of each worker: one GPU, or an even share of the CPU cores."""
+    """Devices of each worker: one GPU, or an even share of its node's cores (cluster/room.py shares them so)."""
     if machines.device.kind == "cuda":
         return 1.0
-    share = machines.devices / workers
+    share = min(node.devices for node in machines.nodes) / workers_per_node(workers, machines)
     return math.floor(share) if share >= 1 else share
 
 

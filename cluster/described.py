@@ -7,7 +7,9 @@ import psutil
 import ray
 import torch
 
+from personaspace.cluster import room
 from personaspace.cluster.machines import GPUS, Device, GiB, Machines, Node, find_gpu, parse_bytes
+from personaspace.cluster.replicas import alive_nodes
 from personaspace.store.errors import InputError
 
 HOST_MEMORY = 1000 * GiB
@@ -47,26 +49,18 @@ def described_machines(flags: Description) -> Machines:
 
 def live_machines(flags: Description) -> Machines:
     """The nodes of the Ray cluster that this process is connected to. Raises InputError if its GPUs are not known."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    with_gpus = [node for node in nodes if node["Resources"].get("GPU")]
+    nodes = alive_nodes()
+    with_gpus = [node for node in nodes if node.gpus]
     if with_gpus:
-        prefix = "accelerator_type:"
-        types = {key.removeprefix(prefix) for node in with_gpus for key in node["Resources"] if key.startswith(prefix)}
+        types = _gpu_types()
         if len(types) > 1 and flags.gpu is None:
             raise InputError(
                 f"The cluster has GPUs of {len(types)} kinds ({', '.join(sorted(types))}); say --gpu NAME."
             )
         device = _changed(_gpu(flags.gpu or next(iter(types), "of unknown type"), flags), flags)
-        found = tuple(
-            Node(devices=int(node["Resources"]["GPU"]), memory_bytes=_ray_memory(node["Resources"]))
-            for node in with_gpus
-        )
+        found = tuple(Node(devices=int(node.gpus), memory_bytes=_memory(node)) for node in with_gpus)
         return Machines(nodes=found, device=device, source="live Ray cluster")
-    found = tuple(
-        Node(devices=int(node["Resources"]["CPU"]), memory_bytes=_ray_memory(node["Resources"]))
-        for node in nodes
-        if node["Resources"].get("CPU", 0) >= 1
-    )
+    found = tuple(Node(devices=int(node.cpus), memory_bytes=_memory(node)) for node in nodes if node.cpus >= 1)
     if not found:
         raise InputError("The Ray cluster has neither GPUs nor CPUs for actors; start its nodes with --num-cpus.")
     return Machines(nodes=found, device=_core(found, flags), source="live Ray cluster")
@@ -118,6 +112,12 @@ def _core(nodes: tuple[Node, ...], flags: Description) -> Device:
     )
 
 
-def _ray_memory(resources: dict[str, float]) -> int:
-    """Memory of a node: what Ray lends to tasks, and its object store."""
-    return int(resources.get("memory", 0) + resources.get("object_store_memory", 0))
+def _gpu_types() -> set[str]:
+    """Names of the cluster's GPUs, as Ray detects them."""
+    prefix = "accelerator_type:"
+    return {key.removeprefix(prefix) for key in ray.cluster_resources() if key.startswith(prefix)}
+
+
+def _memory(node: room.Node) -> int:
+    """Of a node: what Ray lends to workers, and its object store."""
+    return int(node.memory + node.object_store)

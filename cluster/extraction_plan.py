@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from personaspace.cluster.config import Sharding
 from personaspace.cluster.costs import (
     ALL_REDUCE,
     DISK,
@@ -19,7 +20,6 @@ from personaspace.cluster.costs import (
     HANDOVER,
     START_SECONDS,
     Asked,
-    Sharding,
     devices_each,
     fetching,
     first_layers,
@@ -116,6 +116,10 @@ def plan_extraction(setting: Setting) -> ExtractionPlan:
         return _plan_offload(setting)
     if asked.stages is not None:
         return _plan_pipeline(setting, asked.stages)
+    if machines.device.kind == "cpu":
+        # Cores of a node share its memory, so that more stages make no room.
+        whole = _plan_pipeline(setting, 1)
+        return whole if whole.fits else _plan_offload(setting)
     fewest = fewest_stages(setting)
     if fewest is None or not machines.groups(fewest):
         return _plan_offload(setting)
@@ -145,7 +149,8 @@ def fit_gang(shape: ModelShape, machines: Machines, need_of: Callable[[int], Mem
 
 def _plan_pipeline(setting: Setting, count: int) -> ExtractionPlan:
     shape, work, machines, asked = setting.shape, setting.work, setting.machines, setting.asked
-    replicas = min(asked.replicas or max(1, machines.groups(count)), work.windows)
+    most = len(machines.nodes) if machines.device.kind == "cpu" else machines.groups(count)
+    replicas = min(asked.replicas or max(1, most), work.windows)
     each = devices_each(machines, replicas * count)
     cuts = layer_boundaries(shape, work.layout.layer_group, count)
     load = micro_batch_load(work, setting.fused_attention)

@@ -55,16 +55,16 @@ def plan_generation(setting: Setting) -> GenerationPlan | None:
 
     if machines.device.kind == "cpu":
         # Cores work on one model together, without a gang.
-        generators = min(setting.asked.generators or len(machines.nodes), work.batches)
+        generators = min(setting.asked.replicas or len(machines.nodes), work.batches)
         size, each = 1, devices_each(machines, generators)
         memory = int(machines.device.memory_bytes * each)
         offload = not need_of(1).fits(memory)
     else:
         fitting = fit_gang(shape, machines, need_of)
         size, offload = fitting or 1, fitting is None
-        generators = min(setting.asked.generators or machines.groups(size), work.batches)
+        generators = min(setting.asked.replicas or machines.groups(size), work.batches)
         each, memory = float(size), machines.device.memory_bytes
-    counts = offload_workers(machines, setting.asked.generators, work.batches) if offload else [generators]
+    counts = offload_workers(machines, setting.asked.replicas, work.batches) if offload else [generators]
     plans = []
     for count in counts:
         step, bound = _step(setting, count, each, offload)

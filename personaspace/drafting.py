@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from personaspace.cluster.plan import RunPlan
 from personaspace.config import RunConfig
 from personaspace.extract.anatomy import check_supported
 from personaspace.extract.checkpoint import Checkpoint, resolve
@@ -49,9 +48,8 @@ analysis:
   target_layer: $target       # the middle, as in the paper; the report shows all layers
 
 cluster:                 # planned for $machines
-  stages: $stages              # $fullest GiB on the fullest device
-  replicas: $replicas
-  generators: $generators$generating
+  sharding: $sharding
+  stages: $stages              # of $fullest GiB at most; replicas are as many as there is room for
 """)
 
 
@@ -78,8 +76,7 @@ def draft_config(flags: argparse.Namespace, run: str, file: Path) -> tuple[str, 
         store=StoreConfig(root="runs", run=run),
     )
     plan = sketch_plan(draft, shape, flags)
-    extraction, generation = plan.extraction, plan.generation
-    assert generation is not None
+    extraction = plan.extraction
     text = CONFIG.substitute(
         name=checkpoint.name,
         parameters=f"{shape.parameters / 1e9:.3g}",
@@ -95,9 +92,7 @@ def draft_config(flags: argparse.Namespace, run: str, file: Path) -> tuple[str, 
         machines=plan.machines.describe(),
         stages=len(extraction.stages),
         fullest=f"{max(stage.need.total for stage in extraction.stages) / 2**30:.1f}",
-        replicas=extraction.replicas,
-        generators=generation.generators,
-        generating=_generating(plan),
+        sharding=extraction.sharding,
     )
     return text, plan.warnings
 
@@ -131,10 +126,3 @@ def _dtype(config: Any) -> Dtype:
     stated = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     name = str(stated).removeprefix("torch.")
     return next((known for known in BYTES_OF if known == name), "bfloat16")
-
-
-def _generating(plan: RunPlan) -> str:
-    made = plan.generation
-    if made is None or plan.machines.device.kind == "cpu" or (made.devices_each == 1 and not made.offload):
-        return ""
-    return f"          # of {made.devices_each:.0f} GPUs each: the whole model does not fit one while generating"

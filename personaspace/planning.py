@@ -1,7 +1,6 @@
 """From a config and flags to a plan: finds shape, personas, machines and rates."""
 
 import argparse
-import os
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from personaspace.cluster.described import Description, described_machines, live
 from personaspace.cluster.job import plan_rollouts
 from personaspace.cluster.machines import Machines, Rates, gpu_rates
 from personaspace.cluster.plan import RunPlan, plan_run
-from personaspace.cluster.session import ray_cluster
+from personaspace.cluster.session import ray_address, ray_cluster
 from personaspace.config import RunConfig
 from personaspace.extract.calibrate import calibrate
 from personaspace.extract.config import ModelConfig
@@ -30,7 +29,7 @@ def plan_config(config: RunConfig, flags: argparse.Namespace) -> RunPlan:
     transformers_logging.set_verbosity_error()
     shape = find_shape(config.model)
     with ExitStack() as stack:
-        machines = find_machines(_described(flags), config.cluster, ray_address(config), stack)
+        machines = find_machines(_described(flags), config.cluster, ray_address(config.cluster), stack)
         if config.cluster.device == "cpu" and machines.device.kind == "cuda":
             raise InputError("cluster.device: cpu, but the machines to plan for have GPUs; leave one of the two out.")
     asked = asked_of(config.cluster)
@@ -49,7 +48,7 @@ def plan_config(config: RunConfig, flags: argparse.Namespace) -> RunPlan:
 def sketch_plan(config: RunConfig, shape: ModelShape, flags: argparse.Namespace) -> RunPlan:
     """The layout for ``config`` on the machines that ``flags`` describe, or that are there; its hours mean nothing."""
     with ExitStack() as stack:
-        machines = find_machines(_described(flags), config.cluster, ray_address(config), stack)
+        machines = find_machines(_described(flags), config.cluster, ray_address(config.cluster), stack)
     return make_plan(config, shape, machines, rough_rates(machines, shape), Asked())
 
 
@@ -98,25 +97,10 @@ def find_shape(model: ModelConfig) -> ModelShape:
 
 
 def asked_of(cluster: ClusterConfig) -> Asked:
-    """What the config says of the cluster; what it leaves at its default, the plan chooses."""
-    default = ClusterConfig()
-
-    def stated(name: str) -> int | None:
-        value = getattr(cluster, name)
-        return value if isinstance(value, int) and value != getattr(default, name) else None
-
+    """What the config says of the cluster; what it leaves open, the plan chooses."""
     return Asked(
-        stages=stated("stages"),
-        replicas=stated("replicas"),
-        generators=stated("generators"),
-        in_flight=stated("in_flight"),
-        sharding=getattr(cluster, "sharding", "pipeline"),
+        stages=cluster.stages, replicas=cluster.replicas, in_flight=cluster.in_flight, sharding=cluster.sharding
     )
-
-
-def ray_address(config: RunConfig) -> str | None:
-    """The Ray cluster to plan for, if there is one."""
-    return config.cluster.address or os.environ.get("RAY_ADDRESS")
 
 
 def find_machines(description: Description, cluster: ClusterConfig, address: str | None, stack: ExitStack) -> Machines:

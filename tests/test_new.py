@@ -71,7 +71,7 @@ def test_sharding_is_planned_for_the_machines_of_the_flags(tmp_path: Path) -> No
     config, text = write(tmp_path, model, "--nodes", "2", "--gpus-per-node", "4", "--gpu", "A100")
     assert "planned for 2 nodes x 4 A100 of 79.1 GiB" in text
     assert config.store.root == "/shared/personaspace"
-    assert (config.cluster.stages, config.cluster.generators) == (1, 8)
+    assert (config.cluster.sharding, config.cluster.stages) == ("pipeline", 1)
 
 
 def test_responses_leave_room_in_a_short_context(tmp_path: Path) -> None:
