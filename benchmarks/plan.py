@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 from machine import describe_machine
 
-from personaspace.cluster.costs import Asked
+from personaspace.cluster.costs import DISK, START_SECONDS, Asked
 from personaspace.cluster.described import Description, described_machines, this_machine
 from personaspace.cluster.events import Event, Progressed, StepFinished, StepStarted
 from personaspace.cluster.extraction import extract
@@ -146,6 +146,20 @@ def figures(plan: RunPlan) -> dict[str, float]:
         "generator_bytes": plan.generation.need.total,
         "stage_bytes": max(stage.need.total + stage.host_bytes for stage in plan.extraction.stages),
         "bubble": plan.extraction.bubble,
+        **core_seconds(plan),
+    }
+
+
+def core_seconds(plan: RunPlan) -> dict[str, float]:
+    """CPU time of the workers, which other work on the machine changes less than it does the clock on the wall."""
+    made, run = plan.generation, plan.extraction
+    assert made is not None
+    loading = START_SECONDS + plan.shape.whole_bytes(plan.dtype) / DISK
+    computing = (made.seconds - loading) * made.devices_each * made.generators
+    workers = run.replicas * len(run.stages)
+    return {
+        "generate_core_seconds": computing + START_SECONDS * made.generators,
+        "extract_core_seconds": run.flop / plan.rates.forward_flops + START_SECONDS * workers,
     }
 
 
@@ -173,7 +187,7 @@ def measure(config: RunConfig, folder: Path | None) -> dict[str, Any]:
         elif isinstance(event, StepFinished):
             seconds[event.step] = time.perf_counter() - started[event.step]
 
-    with hold_run(job, say=print) as fence, ray_cluster(config.cluster), PeakMemory() as memory:
+    with hold_run(job, say=print) as fence, ray_cluster(config.cluster), Watch() as memory:
         generate(job, fence, config.cluster, report)
         extract(job, fence, config.cluster, report)
     summary = summarize(job.folder)
@@ -188,21 +202,24 @@ def measure(config: RunConfig, folder: Path | None) -> dict[str, Any]:
         "objects": summary.objects,
         "generator_bytes": memory.of("Generator"),
         "stage_bytes": memory.of("StageActor"),
+        "generate_core_seconds": memory.core_seconds("Generator"),
+        "extract_core_seconds": memory.core_seconds("StageActor"),
     }
     if folder is None:
         shutil.rmtree(root)
     return measured
 
 
-class PeakMemory:
-    """Largest unshared memory of this session's Ray workers while it is open, sampled, by the name of the actor."""
+class Watch:
+    """Largest unshared memory, and CPU time, of this session's Ray workers while it is open, sampled."""
 
     def __init__(self) -> None:
         self._peaks: dict[str, int] = defaultdict(int)
+        self._clocks: dict[int, tuple[str, float]] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> "PeakMemory":
+    def __enter__(self) -> "Watch":
         self._thread.start()
         return self
 
@@ -214,6 +231,10 @@ class PeakMemory:
         """Bytes of the largest worker whose title holds ``actor``."""
         return max((size for title, size in self._peaks.items() if actor in title), default=0)
 
+    def core_seconds(self, actor: str) -> float:
+        """CPU time of all workers whose title held ``actor``."""
+        return sum(seconds for title, seconds in self._clocks.values() if actor in title)
+
     def _watch(self) -> None:
         own = psutil.Process()
         while not self._ended.wait(SAMPLE_SECONDS):
@@ -222,6 +243,8 @@ class PeakMemory:
                     title = " ".join(process.cmdline())
                     if title.startswith("ray::"):
                         self._peaks[title] = max(self._peaks[title], process.memory_full_info().uss)
+                        spent = process.cpu_times()
+                        self._clocks[process.pid] = (title, spent.user + spent.system)
                 except (psutil.NoSuchProcess, psutil.AccessDenied, FileNotFoundError):
                     continue  # It ended meanwhile.
 
