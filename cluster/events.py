@@ -1,5 +1,6 @@
 """What workers and drivers tell the user: typed events, rendered in one place (progress.py)."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -91,6 +92,11 @@ class ReplicaLost:
     rollouts: int
     """That had come through, and run again."""
 
+    @property
+    def kind(self) -> str:
+        """The reason without what is of this one case: pids, addresses, messages."""
+        return re.split(r" \(|: ", self.reason, maxsplit=1)[0]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quarantined:
@@ -103,7 +109,10 @@ class Quarantined:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Waiting:
-    """Nothing has come back for a while; time passes all the same."""
+    """Time passes, be there news or none."""
+
+    windows: int = 0
+    """That no replica has taken yet."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

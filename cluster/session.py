@@ -57,10 +57,10 @@ def check_shared_paths(config: ClusterConfig, paths: Mapping[str, str]) -> None:
     for key, path in paths.items():
         relative = is_local(path) and not Path(path.removeprefix("file://")).expanduser().is_absolute()
         if ray_address(config) is not None and relative:
+            url = ", or a URL such as s3://BUCKET/PATH" if key == "store.root" else ", or a Hugging Face id"
             raise InputError(
                 f"{key}: {path} is relative, and this runs on the Ray cluster {ray_address(config)}, where every node "
-                "and every job has a working folder of its own. Give an absolute path that all nodes share, or a URL "
-                "such as s3://BUCKET/PATH."
+                f"and every job has a working folder of its own. Give an absolute path that all nodes share{url}."
             )
 
 

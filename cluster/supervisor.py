@@ -222,7 +222,7 @@ class Supervisor:
     def _tick(self) -> None:
         """Look after replicas: enough of them, none of them hung."""
         now = self._last_tick = time.monotonic()
-        self._report(Waiting())
+        self._report(Waiting(windows=self._schedule.waiting))
         computing = {call.replica.number for call in self._calls.values() if isinstance(call.action, Task)}
         for replica in list(self._replicas.values()):
             if not replica.placed and is_placed(replica):

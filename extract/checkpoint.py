@@ -51,7 +51,7 @@ def resolve(config: ModelConfig, *, hashed: bool = True) -> Checkpoint:
         if not (folder / "config.json").is_file():
             raise InputError(f"model.id: {folder} holds no config.json; give the folder of a checkpoint.")
         source, revision, files = str(folder.resolve()), None, _hash_files(folder) if hashed else {}
-    elif config.id.startswith(("/", "~", ".")) or config.id.count("/") > 1:
+    elif means_folder(config.id):
         raise InputError(f"model.id: {config.id} does not exist; give a checkpoint folder or a Hugging Face id.")
     else:
         source, revision, files = _resolve_hub(config)
@@ -75,6 +75,11 @@ def resolve(config: ModelConfig, *, hashed: bool = True) -> Checkpoint:
         trust_remote_code=config.trust_remote_code,
         quantization=read_quantization(loaded, source),
     )
+
+
+def means_folder(model: str) -> bool:
+    """Whether a ``model.id`` is the path of a folder, be it there or not, and not an id of the hub."""
+    return Path(model).expanduser().is_dir() or model.startswith(("/", "~", ".")) or model.count("/") > 1
 
 
 def _resolve_hub(config: ModelConfig) -> tuple[str, str, dict[str, str]]:

@@ -1,4 +1,4 @@
-"""The command line: `personaspace run CONFIG`, each step alone, `preview`, `status`, and `store`."""
+"""The command line: `personaspace run CONFIG`, each step alone, `preview`, `status`, `timeline`, and `store`."""
 
 import argparse
 import sys
@@ -10,6 +10,7 @@ from personaspace.new_cli import add_new_command, run_new
 from personaspace.plan_cli import add_plan_command, run_plan
 from personaspace.store.errors import InputError, PersonaspaceError
 from personaspace.store_cli import add_commands, run_store
+from personaspace.watch_cli import CONFIG_ENDINGS, add_watching, status, timeline
 
 STEPS = {
     "run": "all steps: generate, extract, fit, report",
@@ -18,7 +19,6 @@ STEPS = {
     "fit": "compute persona space, Assistant Axis and evidence",
     "report": "write report.html",
 }
-CONFIG_ENDINGS = (".yaml", ".yml")
 EPILOG = """\
 examples:
   personaspace run configs/demo.yaml
@@ -29,7 +29,8 @@ examples:
   personaspace preview configs/demo.yaml --role ghost --html preview.html
   personaspace plan configs/demo.yaml --nodes 2 --gpus-per-node 8 --gpu H100 --price 2.5
   personaspace new Qwen/Qwen3-8B --output qwen3-8b.yaml
-  personaspace status runs/demo
+  personaspace status s3://bucket/runs/demo --watch
+  personaspace timeline runs/demo --html timeline.html
   personaspace store ls runs
   ray job submit --address http://HEAD:8265 --working-dir . -- python -m personaspace run configs/demo.yaml
 
@@ -52,10 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if parsed.command == "preview":
             return _preview(parsed, flags)
-        if parsed.command == "status":
+        if parsed.command in ("status", "timeline"):
             if flags:
-                raise InputError(f"status: unknown argument {flags[0]}.")
-            return _status(parsed.target)
+                raise InputError(f"{parsed.command}: unknown argument {flags[0]}.")
+            if parsed.command == "status":
+                return status(parsed.target, watch=parsed.watch)
+            return timeline(parsed.target, session=parsed.session, save=parsed.save, page=parsed.html)
         if parsed.help:
             print_flags(f"personaspace {parsed.command} CONFIG")
         return _carry_out(parsed, flags)
@@ -96,10 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     preview.add_argument("--role", help="of this role only")
     preview.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page for the browser")
-    status = commands.add_parser("status", help="how far a run is, and who writes it")
-    status.add_argument("target", metavar="RUN", help="folder of a run, such as runs/demo, or its config file")
     add_plan_command(commands)
     add_new_command(commands)
+    add_watching(commands)
     add_commands(commands)
     return parser
 
@@ -148,16 +150,3 @@ def _positive(text: str) -> int:
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return int(text)
-
-
-def _status(target: str) -> int:
-    from personaspace.store.catalog import describe, summarize
-    from personaspace.store.location import open_folder, run_folder
-
-    if target.endswith(CONFIG_ENDINGS):
-        store = load_config(Path(target)).store
-        folder = run_folder(store.root, store.run)
-    else:
-        folder = open_folder(target)
-    print(describe(summarize(folder)))
-    return 0

@@ -13,12 +13,15 @@ from personaspace.cluster.droplimit import DropLimit
 from personaspace.cluster.extraction import extract
 from personaspace.cluster.generation import generate
 from personaspace.cluster.job import Job, prepare
-from personaspace.cluster.nodes import check_nodes
+from personaspace.cluster.nodes import check_nodes, model_files
 from personaspace.cluster.progress import ProgressDisplay
 from personaspace.cluster.repair import adopt_whole, slots_to_redo
 from personaspace.cluster.session import check_shared_paths, hold_run, orderly_end, ray_cluster
 from personaspace.cluster.sharding import check_sharding
+from personaspace.cluster.watching import Watch
 from personaspace.config import RunConfig, stored_config
+from personaspace.extract.checkpoint import means_folder
+from personaspace.store.catalog import REPORT
 from personaspace.store.manifest import require_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.verify import Verification
@@ -35,10 +38,11 @@ def carry_out(config: RunConfig, steps: Sequence[str]) -> None:
         if {"generate", "extract"} & set(steps):
             with ExitStack() as stack:
                 display = stack.enter_context(ProgressDisplay())
-                report = DropLimit(display.report, rows=job.layout.rows, share=config.extract.max_dropped).report
                 fence = stack.enter_context(hold_run(job, say=print))
                 stack.enter_context(ray_cluster(config.cluster))
-                check_nodes(job.folder)
+                watch = stack.enter_context(Watch(job, fence, display.report))
+                report = DropLimit(watch.report, rows=job.layout.rows, share=config.extract.max_dropped).report
+                check_nodes(job.folder, model_files(job.checkpoint))
                 job = replace(job, folder=fence.folder)
                 if "generate" in steps or config.generate.responses is not None:
                     generate(job, fence, config.cluster, report)
@@ -48,6 +52,7 @@ def carry_out(config: RunConfig, steps: Sequence[str]) -> None:
             _fit(job.folder, config)
         if "report" in steps:
             print(f"report: {publish_report(job.folder)}")
+        print(_outcome(job.folder, steps), flush=True)
 
 
 def compute_again(folder: Folder, found: Verification, flags: Sequence[str]) -> None:
@@ -66,10 +71,11 @@ def compute_again(folder: Folder, found: Verification, flags: Sequence[str]) -> 
             redo = {slot: number for slot, number in slots_to_redo(job, found.harmful).items() if slot not in adopted}
             if redo:
                 stack.enter_context(ray_cluster(config.cluster))
-                check_nodes(job.folder)
+                watch = stack.enter_context(Watch(job, fence, display.report))
+                check_nodes(job.folder, model_files(job.checkpoint))
                 job = replace(job, folder=fence.folder, redo=redo)
-                generate(job, fence, config.cluster, display.report)
-                extract(job, fence, config.cluster, display.report)
+                generate(job, fence, config.cluster, watch.report)
+                extract(job, fence, config.cluster, watch.report)
 
 
 def analyse(folder: Folder, steps: Sequence[str], flags: Sequence[str]) -> None:
@@ -84,6 +90,13 @@ def analyse(folder: Folder, steps: Sequence[str], flags: Sequence[str]) -> None:
         _fit(folder, config)
     if "report" in steps:
         print(f"report: {publish_report(folder)}")
+
+
+def _outcome(folder: Folder, steps: Sequence[str]) -> str:
+    """The last line of a command that succeeded: what is seen of it in a job's log."""
+    if {"generate", "extract", "fit", "report"} <= set(steps):
+        return f"done: run {folder.url} is complete, report at {folder.url}/{REPORT}"
+    return f"done: {', '.join(steps)} of run {folder.url}"
 
 
 def _fit(folder: Folder, config: RunConfig) -> None:
@@ -104,7 +117,10 @@ def _prepare(config: RunConfig, *, keep: bool = False) -> Job:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    check_shared_paths(config.cluster, {"store.root": config.store.root})
+    shared = {"store.root": config.store.root}
+    if means_folder(config.model.id):
+        shared["model.id"] = config.model.id
+    check_shared_paths(config.cluster, shared)
     job = prepare(
         model=config.model,
         personas=config.personas,

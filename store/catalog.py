@@ -20,6 +20,8 @@ from personaspace.store.space import LATEST
 
 State = Literal["planned", "partial", "complete", "writing", "frozen", "damaged"]
 REPORT = "report.html"
+LEASE_TIMEOUT = 60.0
+"""Seconds of silence after which a driver counts as gone, where run.json does not say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,7 +150,7 @@ def describe(summary: RunSummary) -> str:
         "scores": ", ".join(summary.judges) or "no",
         "fitted": "yes" if summary.fitted else "no",
         "report": f"{summary.url}/{REPORT}" if summary.reported else "no",
-        "driver": _driver(summary.holder),
+        "driver": _driver(summary.holder, manifest),
         "sessions": sessions,
         "code": (manifest.sessions[-1]["git_commit"] if manifest.sessions else None) or "not in git",
     }
@@ -181,11 +183,16 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def _driver(holder: Holder | None) -> str:
+def _driver(holder: Holder | None, manifest: Manifest) -> str:
     if holder is None:
         return "none yet"
     who = f"{holder.where}, epoch {holder.epoch}"
     if holder.released:
         return f"none (last: {who})"
-    ago = f"last sign of life {time.time() - holder.heartbeat:.0f} s ago"
-    return f"{who}, {'gone' if holder.has_ended() else 'running'}, {ago}"
+    silence = time.time() - holder.heartbeat
+    ago = f"last sign of life {silence:.0f} s ago"
+    if holder.has_ended():
+        return f"{who}, gone, {ago}"
+    timeout = manifest.execution.get("config", {}).get("store", {}).get("lease_timeout", LEASE_TIMEOUT)
+    # Its process can't be looked up from here, or it hangs.
+    return f"{who}, {'running' if silence <= timeout else 'silent, probably gone'}, {ago}"

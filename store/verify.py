@@ -26,6 +26,7 @@ from personaspace.store.records import (
     record_key,
 )
 from personaspace.store.scores import SCORES
+from personaspace.store.sessions import is_session_key, read_session, session_epochs, session_key
 from personaspace.store.space import LATEST, SPACE, space_objects
 
 Kind = Literal["damaged", "missing", "stale", "orphan", "leftover", "foreign"]
@@ -259,6 +260,9 @@ def _derived(check: _Check, entries: list[str]) -> None:
     check.compare((stored, None, 0) for stored in objects or ())
     if {INDEX, TABLE} & set(entries) and not is_whole(check.folder):
         check.add("damaged", INDEX, "the index is damaged; readers do without it until it is made again")
+    for epoch in session_epochs(entries):
+        if read_session(check.folder, epoch) is None:
+            check.add("leftover", session_key(epoch), "is damaged; it said how far its driver was")
 
 
 def _unexpected(
@@ -267,7 +271,7 @@ def _unexpected(
     """Whatever else lies in the folder."""
     troubled = Counter(problem.slot for problem in check.problems if problem.slot is not None)
     for key in entries:
-        if key in check.expected or key in KNOWN:
+        if key in check.expected or key in KNOWN or is_session_key(key):
             continue
         slot = orphan_slot(key, manifest)
         name = key.rsplit("/", 1)[-1]

@@ -1,0 +1,213 @@
+"""When each stage of each replica computed and wrote: a trace that opens in Perfetto, and shares of time from it.
+
+The format is Chrome's trace events (JSON): a process for each replica, a track for what each of its stages does.
+"""
+
+import json
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from personaspace.cluster.events import Event, ReplicaLost, ReplicaStarted, Worked
+
+MOST_SLICES = 40_000
+"""Above so many, neighbours on a track become one; 40,000 are about 6 MB."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slice:
+    """A stretch of work of one stage."""
+
+    name: str
+    start: float
+    """Unix seconds."""
+    stop: float
+    busy: float
+    """Seconds of it at work: all of it, unless neighbours were joined."""
+    pieces: int = 1
+    """Pieces of work that it is made of."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mark:
+    """A moment in the life of a replica."""
+
+    name: str
+    at: float
+    """Unix seconds."""
+    details: Mapping[str, Any]
+
+
+ELLIPSIS = " ... "
+COMPUTING = ("forward", "generate")
+"""Activities that are what a replica is there for."""
+Track = tuple[str, int, int, str]
+"""Step, replica, stage, activity."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Occupancy:
+    """How a stage of a replica spent its time, from its first to its last piece of work."""
+
+    step: str
+    replica: int
+    stage: int
+    activity: str
+    pieces: int
+    seconds: float
+    busy_share: float
+
+
+class Timeline:
+    """Collects what workers did. Another thread may ask."""
+
+    def __init__(self, most_slices: int = MOST_SLICES) -> None:
+        self._most = most_slices
+        self._tracks: dict[Track, list[Slice]] = {}
+        self._marks: list[tuple[str, int, Mark]] = []
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def report(self, event: Event, now: float) -> None:
+        """Take in an event that came at ``now`` (Unix seconds)."""
+        with self._lock:
+            match event:
+                case Worked():
+                    for stage, busy in enumerate(event.busy):
+                        self._add(
+                            (event.step, event.replica, stage, busy.activity),
+                            Slice(name=event.batch, start=busy.start, stop=busy.stop, busy=busy.stop - busy.start),
+                        )
+                case ReplicaStarted():
+                    for stage, worker in enumerate(event.workers):
+                        loading = Slice(name="load", start=now - worker.seconds, stop=now, busy=worker.seconds)
+                        self._add((event.step, event.replica, stage, "load"), loading)
+                    details = {"nodes": [w.node for w in event.workers], "pids": [w.pid for w in event.workers]}
+                    self._marks.append((event.step, event.replica, Mark(name="ready", at=now, details=details)))
+                case ReplicaLost():
+                    details = {"reason": event.reason, "windows": event.windows, "rollouts": event.rollouts}
+                    self._marks.append((event.step, event.replica, Mark(name="lost", at=now, details=details)))
+
+    def _add(self, track: Track, piece: Slice) -> None:
+        self._tracks.setdefault(track, []).append(piece)
+        self._count += 1
+        if self._count > self._most:
+            self._tracks = {key: join_neighbours(slices) for key, slices in self._tracks.items()}
+            self._count = sum(map(len, self._tracks.values()))
+
+    def trace(self, title: str) -> bytes:
+        """The trace as it stands."""
+        with self._lock:
+            tracks = {key: list(slices) for key, slices in self._tracks.items()}
+            marks = list(self._marks)
+        return encode_trace(title, tracks, marks)
+
+
+def join_neighbours(slices: Sequence[Slice]) -> list[Slice]:
+    """Half as many slices, each from two neighbours in time."""
+    ordered = sorted(slices, key=lambda piece: piece.start)
+    joined = [
+        Slice(
+            name=f"{first.name.split(ELLIPSIS)[0]}{ELLIPSIS}{second.name.split(ELLIPSIS)[-1]}",
+            start=first.start,
+            stop=max(first.stop, second.stop),
+            busy=first.busy + second.busy,
+            pieces=first.pieces + second.pieces,
+        )
+        for first, second in zip(ordered[::2], ordered[1::2], strict=False)
+    ]
+    return joined + ordered[2 * len(joined) :]
+
+
+def encode_trace(title: str, tracks: Mapping[Track, Sequence[Slice]], marks: Iterable[tuple[str, int, Mark]]) -> bytes:
+    """Chrome trace events, in microseconds since the first one."""
+    marks = list(marks)
+    begin = min(
+        [piece.start for slices in tracks.values() for piece in slices] + [mark.at for *_, mark in marks], default=0
+    )
+    replicas = {(step, replica): 0 for step, replica, *_ in [*tracks, *marks]}
+    processes = {replica: number for number, replica in enumerate(replicas, start=1)}
+    events: list[dict[str, Any]] = []
+    for (step, replica), process in processes.items():
+        events.append(_named("process_name", process, 0, f"{step} replica {replica}"))
+        events.append({"ph": "M", "name": "process_sort_index", "pid": process, "args": {"sort_index": process}})
+    threads: dict[tuple[str, int], list[tuple[int, str]]] = {}
+    for step, replica, stage, activity in sorted(tracks):
+        threads.setdefault((step, replica), []).append((stage, activity))
+    for (step, replica, stage, activity), slices in sorted(tracks.items()):
+        process, thread = processes[step, replica], 1 + threads[step, replica].index((stage, activity))
+        events.append(_named("thread_name", process, thread, f"stage {stage} {activity}"))
+        events += [
+            {
+                "ph": "X",
+                "pid": process,
+                "tid": thread,
+                "name": piece.name,
+                "cat": activity,
+                "ts": round((piece.start - begin) * 1e6, 1),
+                "dur": round((piece.stop - piece.start) * 1e6, 1),
+                "args": {"busy_seconds": round(piece.busy, 6), "pieces": piece.pieces, "stage": stage},
+            }
+            for piece in slices
+        ]
+    for step, replica, mark in marks:
+        place = {"pid": processes[step, replica], "tid": 0, "ts": round((mark.at - begin) * 1e6, 1)}
+        events.append({"ph": "i", "s": "p", "name": mark.name, "cat": "replica", "args": dict(mark.details), **place})
+    document = {"displayTimeUnit": "ms", "otherData": {"title": title, "begin": begin}, "traceEvents": events}
+    return json.dumps(document, separators=(",", ":")).encode()
+
+
+def occupancy(trace: bytes) -> list[Occupancy]:
+    """How busy each stage of each replica was, by activity."""
+    events = json.loads(trace)["traceEvents"]
+    processes = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    tracks: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
+    for event in events:
+        if event["ph"] == "X":
+            tracks.setdefault((event["pid"], event["args"]["stage"], event["cat"]), []).append(event)
+    found = []
+    for (process, stage, activity), pieces in tracks.items():
+        step, _, replica = processes[process].split(" ")
+        span = (max(piece["ts"] + piece["dur"] for piece in pieces) - min(piece["ts"] for piece in pieces)) / 1e6
+        busy = sum(piece["args"]["busy_seconds"] for piece in pieces)
+        found.append(
+            Occupancy(
+                step=step,
+                replica=int(replica),
+                stage=stage,
+                activity=activity,
+                pieces=sum(piece["args"]["pieces"] for piece in pieces),
+                seconds=busy,
+                busy_share=min(1.0, busy / span) if span > 0 else 1.0,
+            )
+        )
+    return found
+
+
+def describe_occupancy(found: Sequence[Occupancy]) -> str:
+    """A table of shares, and the bubble of each step: what its stages did not compute, from first to last work."""
+    lines = ["step       replica  stage  activity   pieces    seconds   busy"]
+    lines += [
+        f"{o.step:10s} {o.replica:7d}  {o.stage:5d}  {o.activity:9s} {o.pieces:7d} {o.seconds:10.1f}  "
+        f"{o.busy_share:5.1%}"
+        for o in sorted(found, key=lambda o: (o.step != "generate", o.step, o.replica, o.stage, o.activity))
+    ]
+    lines += [f"{step}: bubble {share:.1%}" for step, share in bubbles(found).items()]
+    return "\n".join(lines)
+
+
+def bubbles(found: Iterable[Occupancy]) -> dict[str, float]:
+    """Step -> share of the time in which its stages did not compute, weighted by their spans."""
+    spans: dict[str, float] = {}
+    idle: dict[str, float] = {}
+    for track in found:
+        if track.activity in COMPUTING:
+            span = track.seconds / track.busy_share if track.busy_share else 0.0
+            spans[track.step] = spans.get(track.step, 0.0) + span
+            idle[track.step] = idle.get(track.step, 0.0) + span - track.seconds
+    return {step: max(0.0, idle[step] / span) for step, span in spans.items() if span}
+
+
+def _named(what: str, process: int, thread: int, name: str) -> dict[str, Any]:
+    return {"ph": "M", "name": what, "pid": process, "tid": thread, "args": {"name": name}}
