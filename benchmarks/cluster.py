@@ -1,6 +1,6 @@
 """What distribution costs: pipeline stages against one engine, the stages' idle time, and the driver's calls.
 
-    python benchmarks/cluster.py                         # SmolLM2-135M (make demo fetches it); half an hour on two cores
+    python benchmarks/cluster.py                         # SmolLM2-135M (make demo fetches it); half an hour
     python benchmarks/cluster.py --quick --json out.json
 
 - engine: two one-thread stages that write to disk, over one two-thread engine that writes nothing; the same
@@ -23,9 +23,9 @@ from typing import Any
 
 from cluster_driver import measure_loop, measure_parts
 from cluster_work import measure_work
-from extract import RESPONSES, ratio, show
-from extract_cluster import measure_cluster
+from extract_cluster import RESPONSES, measure_cluster
 from machine import describe_machine
+from ratios import ratio, show
 
 from personaspace.cluster.config import ClusterConfig
 from personaspace.cluster.session import ray_cluster

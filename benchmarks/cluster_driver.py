@@ -50,7 +50,7 @@ def measure_loop(replicas: int, stages: int, calls: int, *, emulated: bool) -> d
         actors=stages, workers=SHARE, together=False, make=made, load=lambda own: [actor.load.remote() for actor in own]
     )
     whole = time.perf_counter()
-    supervisor = Supervisor("benchmark", schedule, formation, work, ClusterConfig(replicas=replicas), report)
+    supervisor = Supervisor("benchmark", schedule, formation, work, ClusterConfig(replicas=replicas), report, patience=0)
     supervisor.run()
     stop, stop_cpu = time.perf_counter(), time.thread_time()
     start, start_cpu, before = begin

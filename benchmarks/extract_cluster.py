@@ -21,6 +21,8 @@ from personaspace.extract.stage import Stage
 from personaspace.store.config import StoreConfig
 from personaspace.store.lease import Fence
 
+RESPONSES = Path(__file__).parents[2] / "shared" / "reference" / "parity" / "responses"
+"""84 finished rollouts."""
 STAGES = 2
 TOKEN_BUDGET = 512
 """Small, so that few rollouts make many micro-batches."""

@@ -5,7 +5,7 @@ the schedule, stores coordinates, and sends what is due, opening windows as the 
 costs it measured seconds (scenario.DriverCosts), in which it does nothing else. Same scenario, same outcome.
 """
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -105,7 +105,7 @@ class _Driver:
         self._free = deque(range(scenario.replicas))
         """Places in the cluster for replicas."""
         self._now = 0.0
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._references: Counter[int] = Counter()
         """Replica -> references that it has not answered."""
         self._active: dict[int, SimulatedReplica] = {}
