@@ -3,12 +3,13 @@
 import random
 import statistics
 import time
-from collections.abc import Callable
-from itertools import count
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import count, cycle
 from typing import Any
 
 import ray
-from cluster_idle import Idler, NoWork, send
+from cluster_idle import Enough, Idler, NoWork, send
 
 from personaspace.cluster.config import ClusterConfig
 from personaspace.cluster.events import Event, ReplicaStarted
@@ -21,6 +22,8 @@ from personaspace.extract.packing import MicroBatch
 IN_FLIGHT = 4
 BATCHES = 16
 """Micro-batches of a window."""
+WINDOWS = 100_000
+"""More than are ever needed."""
 SHARE = Workers(device="cpu", cpus=0.001, gpus=0)
 """So little of a CPU that every replica has room."""
 PROCESSES = 8
@@ -32,43 +35,49 @@ def measure_loop(replicas: int, stages: int, calls: int, *, emulated: bool) -> d
 
     ``emulated``: a few actors stand for all, so that hundreds of replicas have their micro-batches in flight.
     """
-    actors = [Idler.remote() for _ in range(PROCESSES)] if emulated else []  # type: ignore[attr-defined]
-    turns = count()
-    made = lambda place, options: actors[next(turns) % PROCESSES] if emulated else Idler.options(**options).remote()  # type: ignore[attr-defined] # noqa: E731
-    work, started, begin = NoWork(), [], []
+    idle: Any = Idler
+    shared = cycle([idle.remote() for _ in range(PROCESSES)] if emulated else [None])
+    work, started = NoWork(), count(1)
+    begin: list[float] = []
 
     def report(event: Event) -> None:
-        if isinstance(event, ReplicaStarted):
-            started.append(event.replica)
-            if len(started) == replicas:
-                begin.extend([time.perf_counter(), time.thread_time(), work.answered])
+        if isinstance(event, ReplicaStarted) and next(started) == replicas:
+            work.enough = work.answered + calls
+            begin.extend([time.perf_counter(), time.thread_time()])
 
-    warm_up = 2 * replicas
-    windows = warm_up + -(-calls // (BATCHES + 1))
-    schedule = Schedule(range(windows), lambda _: [1] * BATCHES, in_flight=IN_FLIGHT, uncommitted=2, attempts=2)
+    schedule = Schedule(range(WINDOWS), lambda _: [1] * BATCHES, in_flight=IN_FLIGHT, uncommitted=2, attempts=2)
     formation = Formation(
-        actors=stages, workers=SHARE, together=False, make=made, load=lambda own: [actor.load.remote() for actor in own]
+        actors=stages,
+        workers=SHARE,
+        together=False,
+        make=lambda _, options: next(shared) or idle.options(**options).remote(),
+        load=_load,
     )
-    whole = time.perf_counter()
-    supervisor = Supervisor("benchmark", schedule, formation, work, ClusterConfig(replicas=replicas), report, patience=0)
-    supervisor.run()
+    config = ClusterConfig(replicas=replicas, stall_timeout=3600)
+    asked = time.perf_counter()
+    with suppress(Enough):
+        Supervisor("benchmark", schedule, formation, work, config, report, patience=0).run()
     stop, stop_cpu = time.perf_counter(), time.thread_time()
-    start, start_cpu, before = begin
-    answered = work.answered - before
+    start, start_cpu = begin
     return {
         "replicas": replicas,
         "stages": stages,
-        "calls": answered,
-        "calls_per_s": answered / (stop - start),
-        "driver_s_per_call": (stop_cpu - start_cpu) / answered,
+        "calls": calls,
+        "calls_per_s": calls / (stop - start),
+        "driver_s_per_call": (stop_cpu - start_cpu) / calls,
         "driver_busy": (stop_cpu - start_cpu) / (stop - start),
-        "start_s": start - whole,
+        "start_s": start - asked,
     }
+
+
+def _load(actors: Sequence[Any]) -> list[Any]:
+    return [actor.load.remote() for actor in actors]
 
 
 def measure_parts(repeats: int, draw: random.Random) -> dict[str, Any]:
     """Seconds of the driver for the parts of a call, medians."""
-    actors = [Idler.remote() for _ in range(2)]  # type: ignore[attr-defined]
+    idle: Any = Idler
+    actors = [idle.remote() for _ in range(2)]
     ray.get([actor.load.remote() for actor in actors])
     order = realistic_batch(draw)
     found: dict[str, Any] = {}
@@ -85,7 +94,7 @@ def measure_parts(repeats: int, draw: random.Random) -> dict[str, Any]:
         workers=SHARE,
         together=False,
         make=lambda place, options: actors[place],
-        load=lambda own: [actor.load.remote() for actor in own],
+        load=_load,
     )
     replicas: list[Any] = []
     found["start_replica"] = _median(lambda: replicas.append(start_replica(len(replicas), formation)), min(repeats, 50))
@@ -103,7 +112,8 @@ def realistic_batch(draw: random.Random) -> MicroBatch:
 
 def _wait_seconds(pending: int, repeats: int) -> float:
     """The supervisor's two looks at so many references of which one is ready."""
-    sleeper = Idler.remote()  # type: ignore[attr-defined]
+    idle: Any = Idler
+    sleeper = idle.remote()
     ready = sleeper.load.remote()
     ray.get(ready)
     sleeper.sleep.remote(600)

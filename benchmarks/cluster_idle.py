@@ -1,5 +1,6 @@
 """Ray actors that do nothing, so that all that takes time is the driver. Light: their processes import this."""
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,9 +19,8 @@ class Idler:
     def load(self) -> Loaded:
         return loaded(time.monotonic())
 
-    @ray.method(num_returns=2)
-    def forward(self, order: Any, received: Any, before: Any) -> tuple[None, None]:
-        return None, None
+    def forward(self, order: Any, received: Any) -> None:
+        return None
 
     @ray.method(concurrency_group="store")
     def commit(self, window: int) -> None:
@@ -30,28 +30,38 @@ class Idler:
         time.sleep(seconds)
 
 
+class Enough(Exception):
+    """As many calls are answered as were asked for."""
+
+
 class NoWork:
-    """A step whose micro-batches are empty (supervisor.Work); counts what was answered."""
+    """A step whose micro-batches are empty (supervisor.Work); counts what is answered, and ends it."""
 
     def __init__(self) -> None:
         self.answered = 0
+        self.enough: float = math.inf
 
     def submit(self, actors: Sequence[Any], task: Task) -> list[Any]:
         return [send(actors, None)]
 
     def finished(self, replica: int, task: Task, answers: Sequence[Any]) -> None:
-        self.answered += 1
+        self._count()
 
     def commit(self, actors: Sequence[Any], window: int) -> list[Any]:
         return [actor.commit.remote(window) for actor in actors]
 
     def committed(self, replica: int, window: int, answers: Sequence[Any]) -> None:
+        self._count()
+
+    def _count(self) -> None:
         self.answered += 1
+        if self.answered >= self.enough:
+            raise Enough
 
 
 def send(actors: Sequence[Any], order: Any) -> Any:
     """One micro-batch through all stages, as the extraction sends it; the last stage's answer."""
-    hidden = answer = None
+    passed = None
     for actor in actors:
-        hidden, answer = actor.forward.remote(order, hidden, answer)
-    return answer
+        passed = actor.forward.remote(order, passed)
+    return passed

@@ -42,7 +42,7 @@ PROMPT_OVERHEAD = 30
 """Tokens that the template adds, about."""
 
 
-@ray.remote(num_cpus=0, concurrency_groups={"store": 1})
+@ray.remote(num_cpus=0, concurrency_groups={"store": 1}, enable_tensor_transport=True)
 class Blank:
     """A stage that computes nothing, and commits zeros."""
 
@@ -61,10 +61,10 @@ class Blank:
     def load(self) -> Loaded:
         return loaded(time.monotonic())
 
-    @ray.method(num_returns=2)
-    def forward(self, order: Order, received: Any, before: Ran) -> tuple[None, Ran]:
+    def forward(self, order: Order, received: Ran | None) -> Ran:
         now = time.time()
-        return None, Ran(busy=(*before.busy, Busy(activity="forward", start=now, stop=now)))
+        before = () if received is None else received.busy
+        return Ran(busy=(*before, Busy(activity="forward", start=now, stop=now)))
 
     @ray.method(concurrency_group="store")
     def commit(self, window: int, units: Sequence[UnitShards]) -> Busy:

@@ -71,21 +71,24 @@ class Machines:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DriverCosts:
-    """Seconds of the driver's one thread; default: as `benchmarks/cluster.py` measures them (docs/scale.md)."""
+    """Seconds of the driver's one thread; default: as `benchmarks/cluster.py` measures them, with a run on the driver's
+    own disk (docs/scale.md)."""
 
     look: float = 6.6e-5
     """One look for answers."""
     look_reference: float = 8.5e-7
     """The same, for each reference that is looked at."""
-    answer: float = 1.0e-4
+    answer: float = 1.5e-4
     """To take an answer, ask the schedule and report."""
     submit: float = 4.0e-4
     """To send one stage a micro-batch, tokens included."""
-    load: float = 4.0e-5
+    load: float = 1.1e-4
     """To read a window and form its micro-batches, for each rollout."""
-    commit: float = 4.0e-5
+    load_unit: float = 0.0
+    """The same, in addition for each unit: its requests to a remote store, one after another."""
+    commit: float = 3.4e-5
     """To have a window committed, for each rollout."""
-    coordinates: float = 2.0e-2
+    coordinates: float = 1.2e-2
     """To commit the coordinates of a unit."""
     start: float = 1.7e-3
     """To ask for a replica."""
@@ -108,6 +111,9 @@ class Scenario:
     uncommitted: int = 2
     """Windows of a replica that may wait for their writers."""
     seed: int = 0
+    """Decides which replicas are slow, and when nodes fail."""
+    length_seed: int = 0
+    """Decides the rollouts' lengths."""
 
     @property
     def replicas_per_node(self) -> int:
@@ -145,7 +151,7 @@ class Scenario:
 
     def window_batches(self) -> tuple[tuple["Batch", ...], ...]:
         """The micro-batches of each window."""
-        return form(self.rollouts, self.shape.unit_rows, self.window_rows, self.micro_batch_tokens, self.seed)
+        return form(self.rollouts, self.shape.unit_rows, self.window_rows, self.micro_batch_tokens, self.length_seed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -194,7 +194,8 @@ class _Driver:
         self._fill()
 
     def _open_window(self, window: int) -> Sequence[int]:
-        self._spend("load", self._costs.load * self._rollouts(window))
+        seconds = self._costs.load * self._rollouts(window) + self._costs.load_unit * self._units(window)
+        self._spend("load", seconds)
         if not self._schedule.waiting:
             self._emptied = self._now
         return [batch.rollouts for batch in self._windows[window]]
