@@ -16,7 +16,7 @@ class Occupancy:
     """Share of that time in which a stage runs no forward pass; mean over the stages."""
     imbalance: float
     """The part of ``idle`` that remains however well work is handed over: a stage with less to do than the busiest
-    one waits for it. Mean over the stages of (busy seconds of the busiest - own) / own time."""
+    one waits for it. Mean over the stages of (busy seconds of the busiest - own) / own time, at most its idle share."""
     bubble: float
     """The rest of ``idle``: waiting for micro-batches, hand-over, and the driver."""
 
@@ -29,6 +29,7 @@ def occupancy(stages: Sequence[Sequence[Interval]]) -> Occupancy:
         )
     spans = [max(stop for _, stop in passes) - min(start for start, _ in passes) for passes in stages]
     busy = [sum(stop - start for start, stop in passes) for passes in stages]
-    idle = fmean(1 - worked / span if span else 0.0 for worked, span in zip(busy, spans, strict=True))
-    imbalance = fmean((max(busy) - own) / span if span else 0.0 for own, span in zip(busy, spans, strict=True))
-    return Occupancy(idle=idle, imbalance=imbalance, bubble=idle - imbalance)
+    idle = [1 - worked / span if span else 0.0 for worked, span in zip(busy, spans, strict=True)]
+    less = [(max(busy) - worked) / span if span else 0.0 for worked, span in zip(busy, spans, strict=True)]
+    imbalance = fmean(map(min, less, idle))
+    return Occupancy(idle=fmean(idle), imbalance=imbalance, bubble=fmean(idle) - imbalance)

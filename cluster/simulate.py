@@ -110,7 +110,7 @@ class _Driver:
         """Replica -> references that it has not answered."""
         self._active: dict[int, SimulatedReplica] = {}
         self._calls = self._lost = self._repeated = self._failed_starts = self._stops = 0
-        self._begun = self._emptied = 0.0
+        self._begun = self._spent = self._emptied = 0.0
         self._commits: list[int] = []
 
     def run(self) -> Outcome:
@@ -151,7 +151,8 @@ class _Driver:
         match action:
             case None:
                 self._failed_starts = 0
-                self._begun = self._begun or self._now
+                if not self._active and not self._begun:
+                    self._begun, self._spent = self._now, sum(self._seconds.values())
                 replica.joined = self._now
                 self._active[replica.number] = replica
                 self._schedule.join(replica.number)
@@ -250,7 +251,7 @@ class _Driver:
                 tail=(present - feeding - bubble - busy) / whole,
             ),
             bubble=fmean(occupancy(replica.passes).bubble for replica in working),
-            driver_busy=(sum(self._seconds.values()) - self._costs.start * scenario.replicas) / (end - self._begun),
+            driver_busy=(sum(self._seconds.values()) - self._spent) / (end - self._begun),
             driver=dict(self._seconds),
             calls_per_s=self._calls / (end - self._begun),
             windows=len(self._windows),
