@@ -21,7 +21,7 @@ from personaspace.cluster.simulate import Outcome, simulate
 
 SIZES = (8, 64, 512, 1024)
 SEEDS = 5
-WINDOWS_PER_REPLICA = 8
+WINDOWS_PER_REPLICA = 16
 REQUEST = 0.015
 """Seconds that an object store takes for a small request."""
 REMOTE = DriverCosts(coordinates=0.012 + 16 * REQUEST, load_unit=3 * REQUEST)
@@ -31,7 +31,7 @@ OFFLOADED = DriverCosts(coordinates=0.0, load=0.0)
 
 
 def suited_rows(scenario: Scenario) -> int:
-    """Window rows, at most the default, that give each replica some windows; whole units."""
+    """Window rows, at most the default, that give each replica so many windows; whole units."""
     unit = scenario.shape.unit_rows
     units = scenario.rollouts // (WINDOWS_PER_REPLICA * scenario.replicas * unit)
     return max(unit, min(scenario.window_rows, units * unit))
