@@ -29,7 +29,7 @@ def occupancy(stages: Sequence[Sequence[Interval]]) -> Occupancy:
         )
     spans = [max(stop for _, stop in passes) - min(start for start, _ in passes) for passes in stages]
     busy = [sum(stop - start for start, stop in passes) for passes in stages]
-    idle = [1 - worked / span if span else 0.0 for worked, span in zip(busy, spans, strict=True)]
+    idle = [max(0.0, 1 - worked / span) if span else 0.0 for worked, span in zip(busy, spans, strict=True)]
     less = [(max(busy) - worked) / span if span else 0.0 for worked, span in zip(busy, spans, strict=True)]
     imbalance = fmean(map(min, less, idle))
     return Occupancy(idle=fmean(idle), imbalance=imbalance, bubble=fmean(idle) - imbalance)
