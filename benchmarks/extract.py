@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from extract_cluster import measure_cluster
+from extract_cluster import RESPONSES, measure_cluster
 from extract_memory import measure_memory
 from extract_methods import Tokens, bare, given_order, hidden_states, make_batches, ours, reference
 from machine import describe_machine
-from scipy.stats import quantile_test
+from ratios import ratio, show
 
 from personaspace.extract.chat import ChatFormat
 from personaspace.extract.checkpoint import Checkpoint, resolve
@@ -34,7 +34,6 @@ from personaspace.extract.packing import MicroBatch, padding_waste
 from personaspace.extract.spans import locate
 from personaspace.store.formats.assistant_axis import read_responses
 
-RESPONSES = Path(__file__).parents[2] / "shared" / "reference" / "parity" / "responses"
 BUDGET = 4096
 PROMPT_TOKENS = 60
 METHODS: Mapping[str, Callable[..., Any]] = {
@@ -98,16 +97,6 @@ def measure_speed(
     }
 
 
-def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
-    """Median of the pairs' ratios, with its 95% interval (by order statistics)."""
-    ratios = [a / b for a, b in zip(above, below, strict=True)]
-    interval = quantile_test(ratios, p=0.5).confidence_interval(0.95)
-    low, high = (
-        found if found == found else edge for found, edge in zip(interval, (min(ratios), max(ratios)), strict=True)
-    )
-    return {"median": statistics.median(ratios), "low": float(low), "high": float(high), "pairs": len(ratios)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(DEFAULT_FOLDER), help="checkpoint folder or Hugging Face id")
@@ -166,12 +155,6 @@ def main() -> None:
         largest = list(figures["memory"].values())[-1]
         figures |= {"extra_peak_bytes": largest["ours"], "extra_peak_bound_bytes": largest["bound"]}
         save()
-
-
-def show(name: str, found: dict[str, float]) -> None:
-    print(
-        f"{name}: median {found['median']:.3f}, 95% {found['low']:.3f} to {found['high']:.3f}, {found['pairs']} pairs"
-    )
 
 
 if __name__ == "__main__":
