@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
 
 from ray.experimental.collective import create_collective_group
@@ -12,6 +13,7 @@ from personaspace.cluster.coordinates import commit_coordinates
 from personaspace.cluster.events import (
     Busy,
     Committed,
+    Event,
     Note,
     Progressed,
     Quarantined,
@@ -39,6 +41,10 @@ from personaspace.store.records import COORDINATES_RECORD, SPAN_COORDINATES_RECO
 from personaspace.store.rollouts import read_rollouts
 from personaspace.store.schema import ArraySpec
 
+THREADS = 8
+"""Of the driver, for coordinates and for windows that come next."""
+AHEAD = 2
+"""Windows that are read before a replica asks for them."""
 UNCOMMITTED_WINDOWS = 2
 """Windows of a replica that may wait for their writers: bounds the host memory of its stages."""
 
@@ -91,7 +97,8 @@ def _run(
     transport = None
     if cluster.transport == "direct" and cluster.sharding == "pipeline" and actors > 1:
         transport = "nccl" if workers.device == "cuda" else "gloo"
-    work = Extraction(job, fence, shares, windows, committed, arrays, transport, report)
+    pool = ThreadPoolExecutor(THREADS, "extraction")
+    work = Extraction(job, fence, shares, windows, committed, arrays, transport, pool, report)
     specs = [stage_spec(job, fence, share, arrays, workers, direct=transport is not None) for share in shares]
     formation = Formation(
         actors=actors,
@@ -112,7 +119,10 @@ def _run(
     parts = ", ".join(share.name for share in shares)
     threads = f"{workers.threads} thread(s) each, on {workers.device}"
     report(Note(text=f"extract: replicas of {actors} ({cluster.sharding}: {parts}), {threads}"))
-    Supervisor("extract", schedule, formation, work, cluster, report, patience=job.store.patience).run()
+    try:
+        Supervisor("extract", schedule, formation, work, cluster, report, patience=job.store.patience).run()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def join_directly(actors: Sequence[Any], transport: str) -> None:
@@ -160,16 +170,24 @@ class Extraction:
         committed: Mapping[Slot, int],
         arrays: tuple[ArraySpec, ...],
         transport: str | None,
+        pool: ThreadPoolExecutor,
         report: Report,
     ) -> None:
         self._job, self._fence, self._shares, self._report = job, fence, shares, report
         self._transport = transport
+        self._pool = pool
+        """Does what would keep the driver from feeding its replicas."""
+        self._ahead: dict[int, Future[WindowWork]] = {}
         self._windows, self._committed, self._arrays = windows, committed, arrays
         self._open: dict[int, WindowWork] = {}
 
     def open_window(self, window: int) -> list[int]:
-        """Read the window's rollouts; returns how many each of its micro-batches has."""
-        self._open[window] = load_window(self._job, self._windows[window], self._arrays)
+        """Read the window's rollouts, and the next ones ahead; returns how many each of its micro-batches has."""
+        for number in range(window, min(window + 1 + AHEAD, len(self._windows))):
+            if number not in self._ahead and number not in self._open:
+                self._ahead[number] = self._pool.submit(load_window, self._job, self._windows[number], self._arrays)
+        if window in self._ahead:
+            self._open[window] = self._ahead.pop(window).result()
         return [len(batch.rows) for batch in self._open[window].batches]
 
     def submit(self, actors: Sequence[Any], task: Task) -> list[Any]:
@@ -243,11 +261,16 @@ class Extraction:
             commits.append(actor.commit.remote(window, units))
         return commits
 
-    def committed(self, replica: int, window: int, answers: Sequence[Busy]) -> None:
+    def committed(self, replica: int, window: int, answers: Sequence[Busy]) -> list[Future[Event]]:
         """Commit the coordinates of the window's units: their layers are all there."""
         work = self._open.pop(window)
         self._report(Worked(step="extract", replica=replica, batch=f"window {window}", busy=tuple(answers)))
-        for unit in work.units:
-            if self._job.missing_shards(self._committed, unit):
-                dropped = commit_coordinates(self._job, self._fence, unit, work.tokens, work.spans)
-                self._report(Committed(rows=len(self._job.layout.unit_row_range(unit)), dropped=dropped))
+        return [
+            self._pool.submit(self._commit_coordinates, unit, work)
+            for unit in work.units
+            if self._job.missing_shards(self._committed, unit)
+        ]
+
+    def _commit_coordinates(self, unit: int, work: WindowWork) -> Event:
+        dropped = commit_coordinates(self._job, self._fence, unit, work.tokens, work.spans)
+        return Committed(rows=len(self._job.layout.unit_row_range(unit)), dropped=dropped)

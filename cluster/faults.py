@@ -9,8 +9,17 @@ import ray.exceptions
 
 from personaspace.store.errors import PersonaspaceError, WorkerError
 
+NODE_DIED = "its node died"
 QUARANTINED = "quarantined: it ended its worker every time it was run"
 """Why a rollout is dropped that was found guilty on trial."""
+
+
+_LOSSES = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.WorkerCrashedError,
+)
 
 
 @contextmanager
@@ -26,13 +35,18 @@ def explain(what: str, rollout_ids: Sequence[str]) -> Iterator[None]:
 
 
 def user_error(error: BaseException) -> PersonaspaceError | None:
-    """In the driver: the error for the user inside what Ray raises; None if a process, a node or an object was lost."""
+    """In the driver: the error for the user inside what Ray raises; None if a process, a node or an object was lost.
+
+    Whatever else a worker raised comes as a WorkerError with its traceback.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, PersonaspaceError) and not isinstance(cause, ray.exceptions.RayError):
             return cause
+        if isinstance(cause, _LOSSES):
+            return None
         cause = getattr(cause, "cause", None) or cause.__cause__
-    return None
+    return WorkerError(str(error)) if isinstance(error, ray.exceptions.RayTaskError) else None
 
 
 def describe_loss(error: BaseException) -> str:
@@ -43,7 +57,7 @@ def describe_loss(error: BaseException) -> str:
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return f"a node ran out of memory, and Ray killed a worker: {text}"
     if "node has died" in text or "node was terminated" in text:
-        return "its node died"
+        return NODE_DIED
     if isinstance(error, ray.exceptions.ActorDiedError | ray.exceptions.ActorUnavailableError):
         return f"a worker process died{where}"
     return f"{type(error).__name__}: {text[:300]}"

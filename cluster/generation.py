@@ -1,12 +1,14 @@
 """The generate step: hands batches of units to generator actors until every unit's rollouts are committed."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import Any, cast
 
 from personaspace.cluster.config import ClusterConfig
 from personaspace.cluster.events import (
     Committed,
+    Event,
     Note,
     Progressed,
     Quarantined,
@@ -162,12 +164,13 @@ class Generation:
         """Have the batch's units stored."""
         return [actors[0].commit.remote(window)]
 
-    def committed(self, replica: int, window: int, answers: Sequence[Stored]) -> None:
+    def committed(self, replica: int, window: int, answers: Sequence[Stored]) -> Iterable[Future[Event]]:
         """Tell what is stored."""
         del self._open[window]
         [stored] = answers
         self._report(Worked(step="generate", replica=replica, batch=f"batch {window}", busy=(stored.busy,)))
         self._report(Committed(rows=stored.rows, dropped=stored.dropped))
+        return ()
 
 
 def unit_plan(job: Job, unit: int, missing: set[int]) -> UnitPlan:

@@ -50,6 +50,9 @@ class Replica:
     heard: float = field(default_factory=time.monotonic)
     """When it was last heard of, or last had nothing to do."""
     nodes: frozenset[str] = frozenset()
+    """That its actors lie on, once it is placed."""
+    asked: float = field(default_factory=time.monotonic)
+    """When it was asked for."""
 
 
 def start_replica(number: int, formation: Formation) -> Replica:
@@ -70,9 +73,10 @@ def start_replica(number: int, formation: Formation) -> Replica:
     return Replica(number=number, group=group, actors=actors, loading=list(formation.load(actors)))
 
 
-def is_placed(replica: Replica) -> bool:
-    """Whether Ray has found room for the replica."""
-    return bool(placement_group_table(replica.group)["state"] == "CREATED")
+def placed_on(replica: Replica) -> frozenset[str]:
+    """Nodes that Ray has found for the replica; none as long as there is no room."""
+    table = placement_group_table(replica.group)
+    return frozenset(table["bundles_to_node_id"].values()) if table["state"] == "CREATED" else frozenset()
 
 
 def end_replica(replica: Replica) -> None:

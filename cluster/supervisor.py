@@ -3,20 +3,21 @@
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import ray
 
 from personaspace.cluster.config import ClusterConfig
-from personaspace.cluster.events import Loaded, Note, ReplicaLost, ReplicaStarted, Report, Waiting
-from personaspace.cluster.faults import describe_loss, user_error
+from personaspace.cluster.events import Event, Loaded, Note, ReplicaLost, ReplicaStarted, Report, Waiting
+from personaspace.cluster.faults import NODE_DIED, describe_loss, user_error
 from personaspace.cluster.replicas import (
     Formation,
     Replica,
     alive_nodes,
     end_replica,
-    is_placed,
+    placed_on,
     start_replica,
 )
 from personaspace.cluster.room import room
@@ -41,8 +42,8 @@ class Work(Protocol):
     def commit(self, actors: Sequence[Any], window: int) -> Sequence[Any]:
         """Store a window."""
 
-    def committed(self, replica: int, window: int, answers: Sequence[Any]) -> None:
-        """It is stored."""
+    def committed(self, replica: int, window: int, answers: Sequence[Any]) -> Iterable[Future[Event]]:
+        """It is stored. Returns what is still being done for it in threads, and to be told once it is done."""
 
 
 @dataclass(slots=True, eq=False)
@@ -79,8 +80,10 @@ class Supervisor:
         self._replicas: dict[int, Replica] = {}
         self._calls: dict[Any, _Call] = {}
         """Reference -> the call that it answers."""
+        self._afterwork: list[Future[Event]] = []
         self._started = 0
         self._failed_starts = 0
+        self._last_failed_start = 0.0
         self._last_tick = 0.0
         self._last_active = time.monotonic()
         self._warned = 0.0
@@ -100,8 +103,10 @@ class Supervisor:
             while not self._schedule.done:
                 for call in self._answered():
                     self._handle(call)
+                self._settle(wait=False)
                 if time.monotonic() - self._last_tick >= TICK:
                     self._tick()
+            self._settle(wait=True)
         finally:
             for replica in self._replicas.values():
                 end_replica(replica)
@@ -129,6 +134,13 @@ class Supervisor:
                 call.replica.unanswered -= 1
                 yield call
 
+    def _settle(self, *, wait: bool) -> None:
+        """Tell what threads have done. Raises what they raised."""
+        for future in list(self._afterwork):
+            if wait or future.done():
+                self._afterwork.remove(future)
+                self._report(future.result())
+
     def _handle(self, call: _Call) -> None:
         replica, answers = call.replica, [call.answers[reference] for reference in call.references]
         match call.action:
@@ -140,7 +152,7 @@ class Supervisor:
                 self._work.finished(replica.number, task, answers)
             case Commit(window=window):
                 self._schedule.committed(replica.number, window)
-                self._work.committed(replica.number, window, answers)
+                self._afterwork += self._work.committed(replica.number, window, answers)
         self._feed(replica)
 
     def _begin(self, replica: Replica, loaded: Sequence[Loaded]) -> bool:
@@ -181,7 +193,7 @@ class Supervisor:
             self._lose(replica, cause, blame=[call.action] if isinstance(call.action, Task) else [])
             return
         gone = replica.nodes - {node.id for node in alive_nodes()}
-        loss = WorkerError("its node died" if gone else describe_loss(error))
+        loss = WorkerError(NODE_DIED if gone else describe_loss(error))
         self._lose(replica, loss, blame=[] if gone else None)
 
     def _lose(self, replica: Replica, reason: WorkerError, *, blame: Sequence[Task] | None) -> None:
@@ -193,7 +205,10 @@ class Supervisor:
         short = str(reason).strip().splitlines()[-1]
         self.lost[short] += 1
         if not replica.active:
-            self._failed_starts += 1
+            # What was lost together, as with a node, is one failure, and a node's end is nobody's fault.
+            if replica.asked > self._last_failed_start and reason.args != (NODE_DIED,):
+                self._failed_starts += 1
+                self._last_failed_start = time.monotonic()
             self._report(ReplicaLost(step=self._step, replica=replica.number, reason=short, windows=0, rollouts=0))
             if self._failed_starts >= FAILED_STARTS:
                 raise WorkerError(
@@ -225,8 +240,8 @@ class Supervisor:
         self._report(Waiting(windows=self._schedule.waiting))
         computing = {call.replica.number for call in self._calls.values() if isinstance(call.action, Task)}
         for replica in list(self._replicas.values()):
-            if not replica.placed and is_placed(replica):
-                replica.placed, replica.heard = True, now
+            if not replica.placed and (nodes_of := placed_on(replica)):
+                replica.nodes, replica.placed, replica.heard = nodes_of, True, now
             limit = self._config.stall_timeout if replica.active else self._config.start_timeout
             if replica.active and replica.number not in computing:
                 limit += self._patience  # It waits for storage.

@@ -5,7 +5,11 @@ from array import array
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from personaspace.extract.config import Attention, Packing
 
@@ -69,6 +73,11 @@ class MicroBatch:
             ),
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As one array: a tenth of the time of thousands of Python integers, for every stage of every micro-batch.
+        ids = np.fromiter(chain.from_iterable(self.token_ids), dtype=np.int32)
+        return _unpack, (self.rows, self.lengths, ids, self.segments, self.packed)
+
     def part(self, first: int, stop: int) -> "MicroBatch":
         """Its rollouts number ``first`` to ``stop - 1``."""
         return replace(
@@ -77,6 +86,18 @@ class MicroBatch:
             token_ids=self.token_ids[first:stop],
             segments=self.segments[first:stop],
         )
+
+
+def _unpack(
+    rows: tuple[int, ...],
+    lengths: tuple[int, ...],
+    ids: NDArray[np.int32],
+    segments: tuple[tuple[Segment, ...], ...],
+    packed: bool,
+) -> MicroBatch:
+    pieces = np.split(ids, list(accumulate(lengths))[:-1])
+    token_ids = tuple(tuple(piece.tolist()) for piece in pieces)
+    return MicroBatch(rows=rows, token_ids=token_ids, segments=segments, packed=packed)
 
 
 def chooses_packed(packing: Packing, attention: Attention) -> bool:

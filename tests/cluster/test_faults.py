@@ -16,6 +16,9 @@ class Worker:
         with explain("stage of layers 0 to 14", rollout_ids):
             raise ZeroDivisionError("no such luck")
 
+    def fail_unexplained(self) -> None:
+        raise KeyError("a bug")
+
     def fenced_out(self) -> None:
         with explain("stage of layers 0 to 14", ["a"]):
             raise LeaseError("lease epoch 1 has ended")
@@ -51,6 +54,20 @@ def test_an_error_for_the_user_passes_as_it_is() -> None:
     error = error_of(Worker.remote().fenced_out.remote())
     assert isinstance(error, LeaseError)
     assert str(error) == "lease epoch 1 has ended"
+
+
+@pytest.mark.usefixtures("own_ray")
+def test_any_other_error_keeps_its_traceback() -> None:
+    error = error_of(Worker.remote().fail_unexplained.remote())
+    assert isinstance(error, WorkerError)
+    assert "in fail_unexplained" in str(error)
+    assert "KeyError: 'a bug'" in str(error)
+
+
+@pytest.mark.usefixtures("own_ray")
+def test_a_stage_that_waits_for_a_dead_one_has_nothing_to_say_either() -> None:
+    first, second = Worker.remote(), Worker.remote()
+    assert user_error(raised_by(second.after.remote(first.die.remote()))) is None
 
 
 @pytest.mark.usefixtures("own_ray")

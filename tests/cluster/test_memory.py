@@ -32,9 +32,9 @@ StageWorker: Any = StageActor.__ray_metadata__.modified_class.__ray_actor_class_
 class ScarceActor(StageWorker):
     """A stage actor whose first stage asks for more memory than there is, if it gets too much at once."""
 
-    def load(self) -> Loaded:
-        loaded = super().load()
-        if self._spec.first == 0:
+    def load(self, meeting: str = "") -> Loaded:
+        loaded = super().load(meeting)
+        if self._spec.share.first == 0:
             self._stage.model.blocks[1].register_forward_pre_hook(self._ask)
 
         return cast(Loaded, loaded)

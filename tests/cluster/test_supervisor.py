@@ -62,7 +62,7 @@ def saboteur(
     @ray.remote(concurrency_groups={"store": 1}, enable_tensor_transport=True)
     class Saboteur(StageWorker):
         def forward(self, order: Order, received: Passed | None) -> Passed | Ran:
-            if self._spec.last:
+            if self._spec.share.last:
                 if order.window == 1 and at_most(times, marks):
                     os.kill(os.getpid(), number)
                 alive = {name for place, name in enumerate(order.rollout_ids) if place not in order.left_out}
@@ -175,6 +175,25 @@ def test_work_that_always_fails_stops_the_run_and_blames_no_rollout(
     )
     assert "AttributeError" in message
     assert message.endswith("What is committed is safe; the same command resumes.")
+
+
+@pytest.mark.usefixtures("own_ray")
+def test_a_model_that_ends_every_worker_that_loads_it_stops_the_run(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @ray.remote(concurrency_groups={"store": 1}, enable_tensor_transport=True)
+    class Dying(StageWorker):
+        def load(self, meeting: str = "") -> None:
+            os._exit(1)
+
+    monkeypatch.setattr(extraction, "StageActor", Dying)
+    with pytest.raises(WorkerError) as caught:
+        run(job_for(place, "dying-run"))
+    assert re.fullmatch(
+        r"extract: 3 replicas in a row were lost while they loaded the model: a worker process died \(pid \d+ on "
+        r"[\d.]+\)\nWhat is committed is safe; the same command resumes\.",
+        str(caught.value),
+    )
 
 
 GENERATED = """

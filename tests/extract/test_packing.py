@@ -1,6 +1,7 @@
 """Windows and micro-batches: complete, within budget, and the same whatever order the rows came in."""
 
 import math
+import pickle
 import random
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, pairwise
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from personaspace.extract.config import Attention
 from personaspace.extract.packing import (
+    DUMMY_TOKEN,
     WASTE,
     MicroBatch,
     batch_by_length,
@@ -215,6 +217,24 @@ def test_where_rollouts_and_segments_lie(batch: MicroBatch) -> None:
         for start, stop in segments
     ]
     assert [laid_BT[row, start:stop].tolist() for row, start, stop in batch.placed_segments] == expected
+
+
+@given(micro_batches())
+def test_a_batch_survives_its_way_to_a_worker(batch: MicroBatch) -> None:
+    assert pickle.loads(pickle.dumps(batch)) == batch
+
+
+@given(micro_batches(), st.data())
+def test_dummies_keep_all_shapes_and_the_other_rollouts(batch: MicroBatch, data: st.DataObject) -> None:
+    places = data.draw(st.frozensets(st.integers(0, len(batch.rows) - 1)))
+    blanked = batch.blank(places)
+    assert (blanked.shape, blanked.lengths, blanked.placed_segments) == (
+        batch.shape,
+        batch.lengths,
+        batch.placed_segments,
+    )
+    for place, (ids, before) in enumerate(zip(blanked.token_ids, batch.token_ids, strict=True)):
+        assert ids == ((DUMMY_TOKEN,) * len(before) if place in places else before)
 
 
 @given(micro_batches(), st.data())
