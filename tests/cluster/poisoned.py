@@ -24,7 +24,7 @@ class StageActor(StageWorker):
     """Dies of the rollout in its last stage."""
 
     def forward(self, order: stages.Order, received: stages.Passed | None) -> stages.Passed | stages.Ran:
-        if self._spec.last:
+        if self._spec.share.last:
             die_of(order.rollout_ids, order.left_out)
         return super().forward(order, received)
 

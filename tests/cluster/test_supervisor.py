@@ -62,7 +62,7 @@ def saboteur(
     @ray.remote(concurrency_groups={"store": 1}, enable_tensor_transport=True)
     class Saboteur(StageWorker):
         def forward(self, order: Order, received: Passed | None) -> Passed | Ran:
-            if self._spec.last:
+            if self._spec.share.last:
                 if order.window == 1 and at_most(times, marks):
                     os.kill(os.getpid(), number)
                 alive = {name for place, name in enumerate(order.rollout_ids) if place not in order.left_out}
