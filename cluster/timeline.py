@@ -7,9 +7,11 @@ import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from personaspace.cluster.events import Event, ReplicaLost, ReplicaStarted, Worked
+from personaspace.cluster.occupancy import Interval, Occupancy, occupancy
 
 MOST_SLICES = 40_000
 """Above so many, neighbours on a track become one; 40,000 are about 6 MB."""
@@ -47,8 +49,8 @@ Track = tuple[str, int, int, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Occupancy:
-    """How a stage of a replica spent its time, from its first to its last piece of work."""
+class Share:
+    """How a stage of a replica spent its time with one activity, from its first to its last piece of work."""
 
     step: str
     replica: int
@@ -56,7 +58,11 @@ class Occupancy:
     activity: str
     pieces: int
     seconds: float
-    busy_share: float
+    """At work."""
+    busy: float
+    """Share of the time."""
+    intervals: tuple[Interval, ...]
+    """Seconds since the timeline begins. Of pieces that were joined, as many seconds as they worked."""
 
 
 class Timeline:
@@ -158,7 +164,7 @@ def encode_trace(title: str, tracks: Mapping[Track, Sequence[Slice]], marks: Ite
     return json.dumps(document, separators=(",", ":")).encode()
 
 
-def occupancy(trace: bytes) -> list[Occupancy]:
+def shares(trace: bytes) -> list[Share]:
     """How busy each stage of each replica was, by activity."""
     events = json.loads(trace)["traceEvents"]
     processes = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
@@ -169,44 +175,52 @@ def occupancy(trace: bytes) -> list[Occupancy]:
     found = []
     for (process, stage, activity), pieces in tracks.items():
         step, _, replica = processes[process].split(" ")
-        span = (max(piece["ts"] + piece["dur"] for piece in pieces) - min(piece["ts"] for piece in pieces)) / 1e6
+        intervals = tuple(interval for piece in pieces for interval in _at_work(piece))
+        span = max(stop for _, stop in intervals) - min(start for start, _ in intervals)
         busy = sum(piece["args"]["busy_seconds"] for piece in pieces)
         found.append(
-            Occupancy(
+            Share(
                 step=step,
                 replica=int(replica),
                 stage=stage,
                 activity=activity,
                 pieces=sum(piece["args"]["pieces"] for piece in pieces),
                 seconds=busy,
-                busy_share=min(1.0, busy / span) if span > 0 else 1.0,
+                busy=min(1.0, busy / span) if span > 0 else 1.0,
+                intervals=intervals,
             )
         )
-    return found
+    return sorted(found, key=lambda share: (share.step != "generate", share.step, share.replica, share.stage))
 
 
-def describe_occupancy(found: Sequence[Occupancy]) -> str:
-    """A table of shares, and the bubble of each step: what its stages did not compute, from first to last work."""
+def replica_occupancy(found: Iterable[Share]) -> dict[tuple[str, int], Occupancy]:
+    """(Step, replica) -> how much of the time its stages did not compute, and why."""
+    stages: dict[tuple[str, int], list[Sequence[Interval]]] = {}
+    for share in found:
+        if share.activity in COMPUTING:
+            stages.setdefault((share.step, share.replica), []).append(share.intervals)
+    return {replica: occupancy(intervals) for replica, intervals in stages.items()}
+
+
+def describe_shares(found: Sequence[Share]) -> str:
+    """A table of busy shares, and for each step what its stages did not compute: mean over replicas."""
     lines = ["step       replica  stage  activity   pieces    seconds   busy"]
     lines += [
-        f"{o.step:10s} {o.replica:7d}  {o.stage:5d}  {o.activity:9s} {o.pieces:7d} {o.seconds:10.1f}  "
-        f"{o.busy_share:5.1%}"
-        for o in sorted(found, key=lambda o: (o.step != "generate", o.step, o.replica, o.stage, o.activity))
+        f"{s.step:10s} {s.replica:7d}  {s.stage:5d}  {s.activity:9s} {s.pieces:7d} {s.seconds:10.1f}  {s.busy:5.1%}"
+        for s in found
     ]
-    lines += [f"{step}: bubble {share:.1%}" for step, share in bubbles(found).items()]
+    replicas = replica_occupancy(found)
+    for step in dict.fromkeys(step for step, _ in replicas):
+        own = [of for (name, _), of in replicas.items() if name == step]
+        idle, bubble, imbalance = (fmean(getattr(of, name) for of in own) for name in ("idle", "bubble", "imbalance"))
+        lines.append(f"{step}: stages idle {idle:.1%}: bubble {bubble:.1%}, uneven stages {imbalance:.1%}")
     return "\n".join(lines)
 
 
-def bubbles(found: Iterable[Occupancy]) -> dict[str, float]:
-    """Step -> share of the time in which its stages did not compute, weighted by their spans."""
-    spans: dict[str, float] = {}
-    idle: dict[str, float] = {}
-    for track in found:
-        if track.activity in COMPUTING:
-            span = track.seconds / track.busy_share if track.busy_share else 0.0
-            spans[track.step] = spans.get(track.step, 0.0) + span
-            idle[track.step] = idle.get(track.step, 0.0) + span - track.seconds
-    return {step: max(0.0, idle[step] / span) for step, span in spans.items() if span}
+def _at_work(piece: Mapping[str, Any]) -> tuple[Interval, Interval]:
+    # Joined pieces keep where they begin and end; what they were idle lies between.
+    start, stop, half = piece["ts"] / 1e6, (piece["ts"] + piece["dur"]) / 1e6, piece["args"]["busy_seconds"] / 2
+    return (start, start + half), (stop - half, stop)
 
 
 def _named(what: str, process: int, thread: int, name: str) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def _state(folder: Folder) -> tuple[bool, str]:
 
 def timeline(target: str, *, session: int | None, save: Path | None, page: Path | None) -> int:
     """Print how busy each stage was in a session, and save its trace."""
-    from personaspace.cluster.timeline import describe_occupancy, occupancy
+    from personaspace.cluster.timeline import describe_shares, shares
 
     folder = _folder(target)
     found = session_epochs((entry.key for entry in folder.list("sessions")), traces=True)
@@ -70,7 +70,7 @@ def timeline(target: str, *, session: int | None, save: Path | None, page: Path 
         raise InputError(f"{folder.url}: no timeline{wanted}; {known}. A session that ran workers leaves one.")
     key = trace_key(found[-1] if session is None else session)
     trace = folder.get(key)
-    print(describe_occupancy(occupancy(trace)))
+    print(describe_shares(shares(trace)))
     if page is not None:
         from personaspace.cluster.timeline_page import timeline_page
 

@@ -16,10 +16,10 @@ from personaspace.cluster.events import Busy, Loaded, ReplicaLost, ReplicaStarte
 from personaspace.cluster.timeline import (
     Slice,
     Timeline,
-    bubbles,
-    describe_occupancy,
+    describe_shares,
     join_neighbours,
-    occupancy,
+    replica_occupancy,
+    shares,
 )
 from personaspace.cluster.timeline_page import timeline_page
 
@@ -69,12 +69,14 @@ def test_every_replica_is_a_process_and_every_stage_a_track() -> None:
 
 
 def test_shares_of_time_and_the_bubble() -> None:
-    found = occupancy(timeline().trace(""))
-    shares = {(track.stage, track.activity): (track.seconds, track.busy_share) for track in found}
-    assert shares[0, "forward"] == (2.0, 1.0)
-    assert shares[1, "forward"] == (2.0, pytest.approx(2 / 3))
-    assert bubbles(found) == {"extract": pytest.approx(1 / 5)}
-    assert describe_occupancy(found).splitlines()[-1] == "extract: bubble 20.0%"
+    found = shares(timeline().trace(""))
+    busy = {(share.stage, share.activity): (share.seconds, share.busy) for share in found}
+    assert busy[0, "forward"] == (2.0, 1.0)
+    assert busy[1, "forward"] == (2.0, pytest.approx(2 / 3))
+    [(replica, idle)] = replica_occupancy(found).items()
+    assert replica == ("extract", 0)
+    assert idle.idle == idle.bubble == pytest.approx(1 / 6)  # Of stage 0 nothing, of stage 1 a third.
+    assert describe_shares(found).splitlines()[-1] == "extract: stages idle 16.7%: bubble 16.7%, uneven stages 0.0%"
 
 
 @given(st.integers(1, 300), st.integers(2, 20))
@@ -85,10 +87,11 @@ def test_a_long_run_stays_small_and_no_work_is_lost(batches: int, most: int) -> 
     trace = line.trace("")
     slices = [event for event in json.loads(trace)["traceEvents"] if event["ph"] == "X"]
     assert len(slices) <= most
-    for track in occupancy(trace):
-        assert track.pieces == batches
-        assert track.seconds == pytest.approx(batches)
-        assert track.busy_share == pytest.approx(batches / (2 * batches - 1))
+    for share in shares(trace):
+        assert share.pieces == batches
+        assert share.seconds == pytest.approx(batches)
+        assert share.busy == pytest.approx(batches / (2 * batches - 1))
+        assert sum(stop - start for start, stop in share.intervals) == pytest.approx(batches)
     for stage in (0, 1):
         own = sorted((s["ts"], s["ts"] + s["dur"]) for s in slices if s["args"]["stage"] == stage)
         assert all(before[1] <= after[0] for before, after in pairwise(own))

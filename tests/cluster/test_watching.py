@@ -19,7 +19,7 @@ from personaspace.cluster.extraction import extract
 from personaspace.cluster.generation import generate
 from personaspace.cluster.metrics import EXPORTED
 from personaspace.cluster.session import hold_run
-from personaspace.cluster.timeline import occupancy
+from personaspace.cluster.timeline import shares
 from personaspace.cluster.watching import Watch
 from personaspace.store.errors import StorageError
 from personaspace.store.sessions import session_key, trace_key
@@ -100,7 +100,7 @@ def test_a_watched_job_is_seen_from_everywhere(
     assert re.search(r"^lost       1 replica\(s\): 1 x a worker process died; \d+ rollout\(s\) run again$", out, re.M)
     assert re.search(r"^quarantine 1 rollout\(s\): abc$", out, re.M)
     trace = job.folder.get(trace_key(1))
-    assert {(track.replica, track.stage) for track in occupancy(trace) if track.activity == "forward"} >= {
+    assert {(track.replica, track.stage) for track in shares(trace) if track.activity == "forward"} >= {
         (1, 0),
         (1, 1),
     }
