@@ -6,12 +6,12 @@
 - engine: two one-thread stages that write to disk, over one two-thread engine that writes nothing; the same
   micro-batches, in pairs. `pipeline_over_engine` is the ratio of throughputs, above 1 where the pipeline is faster.
 - `bubble`, from the same runs: share of the time between a stage's first and last forward pass in which it runs none,
-  mean over the stages, without what remains because one stage has less to do (cluster/occupancy.py).
+  mean over the stages, without what remains because one stage has less to do (cluster/watching/occupancy.py).
 - driver: micro-batches (through two stages) and commits that the real supervisor sends and handles per second, with
   Ray actors that do nothing. `driver_calls_per_s` is that of 16 replicas, 32 actors.
 - work: what the driver does for each window of a real run, with stages that compute nothing.
 
-The last two are what cluster/scenario.py takes for the driver's costs.
+The last two are what cluster/simulation/scenario.py takes for the driver's costs.
 """
 
 import argparse

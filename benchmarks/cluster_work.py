@@ -24,8 +24,8 @@ from personaspace.cluster.events import Busy, Loaded
 from personaspace.cluster.generation import generate
 from personaspace.cluster.job import prepare
 from personaspace.cluster.replicas import loaded
-from personaspace.cluster.scenario import draw_lengths
 from personaspace.cluster.session import hold_run
+from personaspace.cluster.simulation.scenario import draw_lengths
 from personaspace.cluster.stages import Order, Ran, StageSpec, UnitShards
 from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig
 from personaspace.store.commit import commit

@@ -12,8 +12,8 @@ from personaspace.cluster.events import Event, ReplicaStarted, Worked
 from personaspace.cluster.extraction import extract
 from personaspace.cluster.generation import generate
 from personaspace.cluster.job import Job, prepare
-from personaspace.cluster.occupancy import Interval, Occupancy, occupancy
 from personaspace.cluster.session import hold_run, ray_cluster
+from personaspace.cluster.watching.occupancy import Interval, Occupancy, occupancy
 from personaspace.cluster.window import load_window
 from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig
 from personaspace.extract.slicing import load_slice
@@ -31,7 +31,7 @@ TOKEN_BUDGET = 512
 def measure_cluster(model: str, responses: Path, folder: Path, pairs: int) -> dict[str, list[float]]:
     """Seconds of each pair's two runs over the same micro-batches, model loading and start-up left out.
 
-    Also how idle the stages are (cluster/occupancy.py), from when they say that they ran forward passes.
+    Also how idle the stages are (cluster/watching/occupancy.py), from when they say that they ran forward passes.
     """
     figures: dict[str, list[float]] = {"ray": [], "engine": [], "micro_batches": []}
     shares: dict[str, list[float]] = {"idle": [], "imbalance": [], "bubble": []}

@@ -20,14 +20,14 @@ from typing import Any
 import psutil
 from machine import describe_machine
 
-from personaspace.cluster.costs import DISK, START_SECONDS, Asked
-from personaspace.cluster.described import Description, described_machines, this_machine
 from personaspace.cluster.events import Event, Progressed, StepFinished, StepStarted
 from personaspace.cluster.extraction import extract
 from personaspace.cluster.generation import generate
 from personaspace.cluster.job import plan_rollouts, prepare
-from personaspace.cluster.machines import GiB, gpu_rates
-from personaspace.cluster.plan import RunPlan, plan_run
+from personaspace.cluster.planning.costs import DISK, START_SECONDS, Asked
+from personaspace.cluster.planning.described import Description, described_machines, this_machine
+from personaspace.cluster.planning.machines import GiB, gpu_rates
+from personaspace.cluster.planning.plan import RunPlan, plan_run
 from personaspace.cluster.session import hold_run, ray_cluster
 from personaspace.config import RunConfig, load_config
 from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig

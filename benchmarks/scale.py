@@ -3,8 +3,8 @@
     python benchmarks/scale.py                    # under two minutes; the tables of docs/scale.md
     python benchmarks/scale.py --quick --json out.json
 
-The real schedule drives simulated machines (cluster/simulate.py; assumptions in cluster/scenario.py). The same figures
-each time. Where nodes fail, medians of five seeds.
+The real schedule drives simulated machines (cluster/simulation/simulate.py; assumptions in scenario.py beside it). The
+same figures each time. Where nodes fail, medians of five seeds.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from personaspace.cluster.scenario import DriverCosts, Machines, Scenario
-from personaspace.cluster.simulate import Outcome, simulate
+from personaspace.cluster.simulation.scenario import DriverCosts, Machines, Scenario
+from personaspace.cluster.simulation.simulate import Outcome, simulate
 
 SIZES = (8, 64, 512, 1024)
 SEEDS = 5

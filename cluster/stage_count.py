@@ -6,9 +6,9 @@ from typing import Any, Literal, cast
 import ray
 import torch
 
-from personaspace.cluster.costs import first_layers
-from personaspace.cluster.fitting import MicroBatchLoad, fit_stages
 from personaspace.cluster.job import Job
+from personaspace.cluster.planning.costs import first_layers
+from personaspace.cluster.planning.fitting import MicroBatchLoad, fit_stages
 from personaspace.cluster.room import Node
 from personaspace.extract.counting import count_shape, read_config
 from personaspace.store.errors import InputError

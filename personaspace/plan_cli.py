@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from personaspace.cluster.extraction_plan import ExtractionPlan
-from personaspace.cluster.generation_plan import GenerationPlan
-from personaspace.cluster.machines import GiB
-from personaspace.cluster.plan import RunPlan
+from personaspace.cluster.planning.extraction import ExtractionPlan
+from personaspace.cluster.planning.generation import GenerationPlan
+from personaspace.cluster.planning.machines import GiB
+from personaspace.cluster.planning.plan import RunPlan
 from personaspace.config import load_config
 from personaspace.store.catalog import human_bytes
 

@@ -10,11 +10,11 @@ from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from personaspace.cluster.config import ClusterConfig
-from personaspace.cluster.costs import Asked, forward_flop
-from personaspace.cluster.described import Description, described_machines, live_machines, this_machine
 from personaspace.cluster.job import plan_rollouts
-from personaspace.cluster.machines import Machines, Rates, gpu_rates
-from personaspace.cluster.plan import RunPlan, plan_run
+from personaspace.cluster.planning.costs import Asked, forward_flop
+from personaspace.cluster.planning.described import Description, described_machines, live_machines, this_machine
+from personaspace.cluster.planning.machines import Machines, Rates, gpu_rates
+from personaspace.cluster.planning.plan import RunPlan, plan_run
 from personaspace.cluster.session import ray_address, ray_cluster
 from personaspace.config import RunConfig
 from personaspace.extract.calibrate import calibrate

@@ -14,11 +14,11 @@ from personaspace.cluster.extraction import extract
 from personaspace.cluster.generation import generate
 from personaspace.cluster.job import Job, prepare
 from personaspace.cluster.nodes import check_nodes, model_files
-from personaspace.cluster.progress import ProgressDisplay
 from personaspace.cluster.repair import adopt_whole, slots_to_redo
 from personaspace.cluster.session import check_shared_paths, hold_run, orderly_end, ray_cluster
 from personaspace.cluster.sharding import check_sharding
-from personaspace.cluster.watching import Watch
+from personaspace.cluster.watching.progress import ProgressDisplay
+from personaspace.cluster.watching.watch import Watch
 from personaspace.config import RunConfig, stored_config
 from personaspace.extract.checkpoint import means_folder
 from personaspace.store.catalog import REPORT

@@ -60,7 +60,7 @@ def _state(folder: Folder) -> tuple[bool, str]:
 
 def timeline(target: str, *, session: int | None, save: Path | None, page: Path | None) -> int:
     """Print how busy each stage was in a session, and save its trace."""
-    from personaspace.cluster.timeline import describe_shares, shares
+    from personaspace.cluster.watching.timeline import describe_shares, shares
 
     folder = _folder(target)
     found = session_epochs((entry.key for entry in folder.list("sessions")), traces=True)
@@ -72,7 +72,7 @@ def timeline(target: str, *, session: int | None, save: Path | None, page: Path 
     trace = folder.get(key)
     print(describe_shares(shares(trace)))
     if page is not None:
-        from personaspace.cluster.timeline_page import timeline_page
+        from personaspace.cluster.watching.timeline_page import timeline_page
 
         page.write_text(timeline_page(trace), encoding="utf-8")
         print(f"Open {page} in a browser")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from personaspace.cluster.occupancy import Interval, occupancy
+from personaspace.cluster.watching.occupancy import Interval, occupancy
 
 
 def test_equal_stages_that_never_wait() -> None:

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, replace
 
-from personaspace.cluster.advice import advise
-from personaspace.cluster.costs import Asked
-from personaspace.cluster.extraction_plan import ExtractionPlan, Setting, plan_extraction
-from personaspace.cluster.generation_plan import GenerationPlan, plan_generation
-from personaspace.cluster.machines import Machines, Rates
-from personaspace.cluster.workload import Workload, count_work
+from personaspace.cluster.planning.advice import advise
+from personaspace.cluster.planning.costs import Asked
+from personaspace.cluster.planning.extraction import ExtractionPlan, Setting, plan_extraction
+from personaspace.cluster.planning.generation import GenerationPlan, plan_generation
+from personaspace.cluster.planning.machines import Machines, Rates
+from personaspace.cluster.planning.workload import Workload, count_work
 from personaspace.extract.config import Dtype, ExtractConfig, GenerateConfig, ModelConfig
 from personaspace.extract.personas import PersonaPlan
 from personaspace.extract.shape import ModelShape

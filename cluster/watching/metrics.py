@@ -10,7 +10,7 @@ from personaspace.cluster.events import (
     StepStarted,
     Worked,
 )
-from personaspace.cluster.tally import Tally
+from personaspace.cluster.watching.tally import Tally
 
 TAGS = ("run", "model", "step")
 WRITE_SECONDS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0]

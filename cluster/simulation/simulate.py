@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from personaspace.cluster.occupancy import occupancy
-from personaspace.cluster.scenario import Scenario
 from personaspace.cluster.schedule import Commit, Schedule, Task
-from personaspace.cluster.simulated import Answer, SimulatedReplica, World
+from personaspace.cluster.simulation.scenario import Scenario
+from personaspace.cluster.simulation.simulated import Answer, SimulatedReplica, World
+from personaspace.cluster.watching.occupancy import occupancy
 
 FAILED_STARTS = 3
 """Replicas that the supervisor lets be lost one after the other while they load (tested to be what it has)."""

@@ -17,10 +17,10 @@ from personaspace.cluster.config import ClusterConfig
 from personaspace.cluster.events import Event, Quarantined, ReplicaLost
 from personaspace.cluster.extraction import extract
 from personaspace.cluster.generation import generate
-from personaspace.cluster.metrics import EXPORTED
 from personaspace.cluster.session import hold_run
-from personaspace.cluster.timeline import shares
-from personaspace.cluster.watching import Watch
+from personaspace.cluster.watching.metrics import EXPORTED
+from personaspace.cluster.watching.timeline import shares
+from personaspace.cluster.watching.watch import Watch
 from personaspace.store.errors import StorageError
 from personaspace.store.sessions import session_key, trace_key
 from personaspace.store.status import read_sessions
@@ -28,7 +28,7 @@ from personaspace.store.verify import verify
 from tests.cluster.small_jobs import job_for, make_place, talk
 from tests.cluster.test_supervisor import saboteur
 
-DASHBOARD = Path(__file__).parents[2] / "configs" / "cluster" / "grafana.json"
+DASHBOARD = Path(__file__).parents[3] / "configs" / "cluster" / "grafana.json"
 TALKS = {role: [talk("?", f"{role} {number}.") for number in range(8)] for role in ("default", "ghost")}
 PATIENCE = 60.0
 """Seconds that an exported metric may take to appear."""

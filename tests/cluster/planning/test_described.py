@@ -7,7 +7,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from personaspace.cluster.described import Description, live_machines
+from personaspace.cluster.planning.described import Description, live_machines
 from personaspace.store.errors import InputError
 
 

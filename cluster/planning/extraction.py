@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from personaspace.cluster.config import Sharding
-from personaspace.cluster.costs import (
+from personaspace.cluster.planning.costs import (
     ALL_REDUCE,
     DISK,
     ENCODING,
@@ -28,7 +28,7 @@ from personaspace.cluster.costs import (
     offload_workers,
     workers_per_node,
 )
-from personaspace.cluster.fitting import (
+from personaspace.cluster.planning.fitting import (
     MemoryNeed,
     divided,
     fit_stages,
@@ -37,8 +37,8 @@ from personaspace.cluster.fitting import (
     layer_groups,
     stage_needs,
 )
-from personaspace.cluster.machines import Machines, Rates
-from personaspace.cluster.workload import Workload
+from personaspace.cluster.planning.machines import Machines, Rates
+from personaspace.cluster.planning.workload import Workload
 from personaspace.extract.config import Dtype
 from personaspace.extract.shape import BYTES_OF, ModelShape
 

@@ -9,9 +9,9 @@ import math
 from dataclasses import dataclass, replace
 
 from personaspace.cluster.config import Sharding
-from personaspace.cluster.fitting import MicroBatchLoad
-from personaspace.cluster.machines import Machines
-from personaspace.cluster.workload import Workload
+from personaspace.cluster.planning.fitting import MicroBatchLoad
+from personaspace.cluster.planning.machines import Machines
+from personaspace.cluster.planning.workload import Workload
 from personaspace.extract.shape import ModelShape
 
 HANDOVER = 4e9

@@ -7,9 +7,9 @@ from types import TracebackType
 
 from personaspace.cluster.events import Event, Report
 from personaspace.cluster.job import Job
-from personaspace.cluster.metrics import Metrics
-from personaspace.cluster.tally import Tally
-from personaspace.cluster.timeline import Timeline
+from personaspace.cluster.watching.metrics import Metrics
+from personaspace.cluster.watching.tally import Tally
+from personaspace.cluster.watching.timeline import Timeline
 from personaspace.store.errors import PersonaspaceError, StorageError
 from personaspace.store.lease import Fence
 from personaspace.store.objects import Folder

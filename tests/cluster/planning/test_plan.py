@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from personaspace.cluster.costs import Asked
-from personaspace.cluster.extraction_plan import INDIFFERENT
-from personaspace.cluster.fitting import HEADROOM, MicroBatchLoad, fit_stages, layer_boundaries, stage_needs
-from personaspace.cluster.machines import GPUS, Device, GiB, Machines, Node, find_gpu, gpu_rates, parse_bytes
-from personaspace.cluster.plan import RunPlan, plan_run
-from personaspace.cluster.workload import expected_response
+from personaspace.cluster.planning.costs import Asked
+from personaspace.cluster.planning.extraction import INDIFFERENT
+from personaspace.cluster.planning.fitting import HEADROOM, MicroBatchLoad, fit_stages, layer_boundaries, stage_needs
+from personaspace.cluster.planning.machines import GPUS, Device, GiB, Machines, Node, find_gpu, gpu_rates, parse_bytes
+from personaspace.cluster.planning.plan import RunPlan, plan_run
+from personaspace.cluster.planning.workload import expected_response
 from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConfig
 from personaspace.extract.personas import PersonaPlan, PlannedRollout, Question, Role
 from personaspace.extract.shape import ModelShape, shipped_shape
@@ -272,5 +272,6 @@ def test_gpus_by_their_names() -> None:
 
 
 def test_planning_needs_neither_ray_nor_torch() -> None:
-    code = "import sys, personaspace.cluster.plan, personaspace.plan_cli; print({'ray', 'torch'} & set(sys.modules))"
+    modules = "personaspace.cluster.planning.plan, personaspace.plan_cli"
+    code = f"import sys, {modules}; print({{'ray', 'torch'}} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "set()\n"

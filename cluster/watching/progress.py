@@ -15,7 +15,7 @@ from personaspace.cluster.events import (
     StepFinished,
     StepStarted,
 )
-from personaspace.cluster.tally import Tally
+from personaspace.cluster.watching.tally import Tally
 from personaspace.store.catalog import human_bytes
 from personaspace.store.sessions import StepProgress, human_duration
 

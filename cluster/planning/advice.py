@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from personaspace.cluster.costs import HOST_SHARE, first_layers, micro_batch_load
-from personaspace.cluster.extraction_plan import ExtractionPlan, Setting, fewest_stages, plan_extraction
-from personaspace.cluster.fitting import fit_stages, layer_groups
-from personaspace.cluster.generation_plan import GenerationPlan
-from personaspace.cluster.machines import GiB
+from personaspace.cluster.planning.costs import HOST_SHARE, first_layers, micro_batch_load
+from personaspace.cluster.planning.extraction import ExtractionPlan, Setting, fewest_stages, plan_extraction
+from personaspace.cluster.planning.fitting import fit_stages, layer_groups
+from personaspace.cluster.planning.generation import GenerationPlan
+from personaspace.cluster.planning.machines import GiB
 
 LARGEST_BUBBLE = 0.05
 """Share of the stages' time that may be waiting before it is worth a word."""

@@ -5,9 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
-from personaspace.cluster import progress
 from personaspace.cluster.events import Committed, Note, Progressed, StepFinished, StepStarted, Waiting
-from personaspace.cluster.progress import ProgressDisplay
+from personaspace.cluster.watching.progress import ProgressDisplay
+from personaspace.cluster.watching.watch import progress
 
 
 def show(monkeypatch: pytest.MonkeyPatch, *, terminal: bool, seconds_per_event: float) -> str:

@@ -4,10 +4,10 @@ import random
 from collections import deque
 from dataclasses import dataclass, field
 
-from personaspace.cluster.clock import Clock, Link
-from personaspace.cluster.occupancy import Interval
-from personaspace.cluster.scenario import FLOAT32, STATE_BYTES, Batch, Scenario
 from personaspace.cluster.schedule import Commit, Task
+from personaspace.cluster.simulation.clock import Clock, Link
+from personaspace.cluster.simulation.scenario import FLOAT32, STATE_BYTES, Batch, Scenario
+from personaspace.cluster.watching.occupancy import Interval
 
 
 @dataclass(slots=True, eq=False)

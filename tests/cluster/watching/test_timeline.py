@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from playwright.sync_api import sync_playwright
 
 from personaspace.cluster.events import Busy, Loaded, ReplicaLost, ReplicaStarted, Worked
-from personaspace.cluster.timeline import (
+from personaspace.cluster.watching.timeline import (
     Slice,
     Timeline,
     describe_shares,
@@ -21,7 +21,7 @@ from personaspace.cluster.timeline import (
     replica_occupancy,
     shares,
 )
-from personaspace.cluster.timeline_page import timeline_page
+from personaspace.cluster.watching.timeline_page import timeline_page
 
 
 def worked(batch: int, *busy: tuple[float, float], activity: str = "forward") -> Worked:

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from personaspace.cluster.events import Event, ReplicaLost, ReplicaStarted, Worked
-from personaspace.cluster.occupancy import Interval, Occupancy, occupancy
+from personaspace.cluster.watching.occupancy import Interval, Occupancy, occupancy
 
 MOST_SLICES = 40_000
 """Above so many, neighbours on a track become one; 40,000 are about 6 MB."""

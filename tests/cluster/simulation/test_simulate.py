@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from personaspace.cluster import simulate as simulation
 from personaspace.cluster import supervisor
-from personaspace.cluster.clock import Clock, Link
-from personaspace.cluster.scenario import FLOAT32, STATE_BYTES, DriverCosts, Machines, Scenario, Shape
-from personaspace.cluster.simulate import simulate
+from personaspace.cluster.simulation import simulate as simulation
+from personaspace.cluster.simulation.clock import Clock, Link
+from personaspace.cluster.simulation.scenario import FLOAT32, STATE_BYTES, DriverCosts, Machines, Scenario, Shape
+from personaspace.cluster.simulation.simulate import simulate
 
 FREE = DriverCosts(look=0, look_reference=0, answer=0, submit=0, load=0, commit=0, coordinates=0, start=0)
 

@@ -8,9 +8,16 @@ static, so each takes `max_new_tokens` steps: one of its rows will not stop befo
 import math
 from dataclasses import dataclass
 
-from personaspace.cluster.costs import DISK, START_SECONDS, devices_each, fetching, forward_flop, offload_workers
-from personaspace.cluster.extraction_plan import Setting, fit_gang
-from personaspace.cluster.fitting import MemoryNeed, generator_need
+from personaspace.cluster.planning.costs import (
+    DISK,
+    START_SECONDS,
+    devices_each,
+    fetching,
+    forward_flop,
+    offload_workers,
+)
+from personaspace.cluster.planning.extraction import Setting, fit_gang
+from personaspace.cluster.planning.fitting import MemoryNeed, generator_need
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ import ray
 import torch
 
 from personaspace.cluster import room
-from personaspace.cluster.machines import GPUS, Device, GiB, Machines, Node, find_gpu, parse_bytes
+from personaspace.cluster.planning.machines import GPUS, Device, GiB, Machines, Node, find_gpu, parse_bytes
 from personaspace.cluster.replicas import alive_nodes
 from personaspace.store.errors import InputError
 
