@@ -73,7 +73,7 @@ def model_files(checkpoint: Checkpoint) -> Files | None:
 def check_nodes(folder: Folder, model: Files | None = None) -> None:
     """Have every node read an object that was just written, and look at the model's files.
 
-    Raises InputError naming the nodes that can't.
+    Raises InputError naming the nodes that can't, and are still there.
     """
     nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
     if len(nodes) == 1 and next(iter(nodes)) == ray.get_runtime_context().get_node_id():
@@ -104,6 +104,9 @@ def check_nodes(folder: Folder, model: Files | None = None) -> None:
                 lacking[node] = sight.model
     finally:
         folder.delete(key)
+    # A node may go while it is asked, or have gone unnoticed before: nothing will be sent to it.
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    blind = {node: why for node, why in blind.items() if node in alive}
     problems = []
     if blind:
         problems.append(

@@ -99,3 +99,18 @@ def test_a_node_that_does_not_see_store_or_model_is_named(cluster: Cluster, tmp_
     assert copy.startswith("Put the model into a folder that all nodes share")
     assert end == "No work was started."
     assert [entry.key for entry in hidden.list()] == ["run.json"]
+
+
+@pytest.mark.slow
+def test_a_node_that_goes_meanwhile_is_not_waited_for(cluster: Cluster, tmp_path: Path) -> None:
+    ray.init(address=cluster.address, log_to_driver=False)
+    folder = LocalFolder(tmp_path / "run")
+    folder.put_new("run.json", b"{}")
+    gone = cluster.add_node(num_cpus=1)
+    deadline = time.monotonic() + 60
+    while sum(node["Alive"] for node in ray.nodes()) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    gone.all_processes["raylet"][0].process.kill()
+    assert sum(node["Alive"] for node in ray.nodes()) == 3, "nobody has noticed yet"
+    check_nodes(folder)

@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from personaspace.cluster.events import Committed, Note, Progressed, StepFinished, StepStarted, Waiting
-from personaspace.cluster.watching.progress import ProgressDisplay
 from personaspace.cluster.watching import progress
+from personaspace.cluster.watching.progress import ProgressDisplay
 
 
 def show(monkeypatch: pytest.MonkeyPatch, *, terminal: bool, seconds_per_event: float) -> str:
