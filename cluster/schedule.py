@@ -43,8 +43,8 @@ class Loss:
     """That have to run again."""
     rollouts: int
     """That had come through, and have to run again."""
-    hopeless: Task | None
-    """A micro-batch that kills its worker whatever is in it."""
+    hopeless: Task | Commit | None
+    """What ends its worker every time: a micro-batch whatever is in it, or a window to be stored."""
 
 
 @dataclass(slots=True)
@@ -80,6 +80,7 @@ class Schedule:
         self._in_flight, self._uncommitted, self._attempts = in_flight, uncommitted, attempts
         self._replicas: dict[int, _Replica] = {}
         self._strikes: Counter[tuple[int, int]] = Counter()
+        self._commit_strikes: Counter[int] = Counter()
         self._trials: dict[tuple[int, int], Quarantine] = {}
 
     @property
@@ -137,7 +138,13 @@ class Schedule:
     def leave(self, replica: int, *, blame: Collection[Task] | None = None) -> Loss:
         """A replica is lost. ``blame``: the micro-batches that may have killed it; default: all on their way."""
         state = self._replicas.pop(replica)
-        hopeless = None
+        hopeless: Task | Commit | None = None
+        for number, window in state.windows.items():
+            if window.committing and blame is None:
+                self._commit_strikes[number] += 1
+                # A trial begins before that, and nothing is stored beside it.
+                if self._commit_strikes[number] > self._attempts:
+                    hopeless = Commit(window=number)
         for task in state.flying if blame is None else state.flying & set(blame):
             key = (task.window, task.batch)
             if self._on_trial(task):

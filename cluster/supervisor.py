@@ -1,7 +1,6 @@
 """The loop that keeps replicas at work until a schedule is done, whatever happens to them."""
 
 import time
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -87,10 +86,6 @@ class Supervisor:
         self._last_tick = 0.0
         self._last_active = time.monotonic()
         self._warned = 0.0
-        self.lost: Counter[str] = Counter()
-        """Replicas by the reason why they were lost."""
-        self.repeated = 0
-        """Rollouts that came through and had to run again."""
 
     def run(self) -> None:
         """Return once everything is committed. No replica is left, whatever happened.
@@ -186,8 +181,8 @@ class Supervisor:
     def _failed(self, call: _Call, error: ray.exceptions.RayError) -> None:
         """An answer is an error: the replica is lost, or the run ends with what a worker has to say to the user."""
         cause = user_error(error)
-        if cause is not None and not isinstance(cause, WorkerError):
-            raise cause
+        if cause is not None and (not isinstance(cause, WorkerError) or isinstance(call.action, Commit)):
+            raise cause  # Another worker would say the same.
         replica = call.replica
         if cause is not None:
             self._lose(replica, cause, blame=[call.action] if isinstance(call.action, Task) else [])
@@ -203,7 +198,6 @@ class Supervisor:
             del self._calls[reference]
         self._last_tick = 0.0  # At once.
         short = str(reason).strip().splitlines()[-1]
-        self.lost[short] += 1
         if not replica.active:
             # What was lost together, as with a node, is one failure, and a node's end is nobody's fault.
             if replica.asked > self._last_failed_start and reason.args != (NODE_DIED,):
@@ -217,12 +211,17 @@ class Supervisor:
                 )
             return
         loss = self._schedule.leave(replica.number, blame=blame)
-        self.repeated += loss.rollouts
         self._report(
             ReplicaLost(
                 step=self._step, replica=replica.number, reason=short, windows=loss.windows, rollouts=loss.rollouts
             )
         )
+        if isinstance(loss.hopeless, Commit):
+            raise WorkerError(
+                f"{self._step}: storing window {loss.hopeless.window} ended its worker every time: {reason}\nIf "
+                "memory ran out, use nodes with more of it, or, in a new run, a smaller extract.window_rows. What is "
+                "committed is safe; the same command resumes."
+            )
         if loss.hopeless is not None:
             raise WorkerError(
                 f"{self._step}: a micro-batch ended its worker {self._schedule.deaths(loss.hopeless)} times, even "

@@ -167,6 +167,18 @@ def test_a_trial_puts_no_other_work_at_risk() -> None:
     assert list(plan.due(3)) == [Task(window=0, batch=0, blanked=frozenset({0, 1}), trial=True)]
 
 
+def test_a_window_that_ends_its_worker_whenever_it_is_stored_is_given_up() -> None:
+    plan = schedule([[1], [1]], in_flight=1)
+    for replica in range(3):
+        plan.join(replica)
+        [task] = plan.due(replica)
+        assert isinstance(task, Task)
+        plan.finish(replica, task)
+        assert Commit(window=0) in plan.due(replica)
+        loss = plan.leave(replica)
+        assert loss.hopeless == (Commit(window=0) if replica == 2 else None)
+
+
 def test_who_is_not_blamed_gets_no_strike() -> None:
     plan = schedule([[1], [1]], in_flight=2, attempts=1)
     plan.join(0)
