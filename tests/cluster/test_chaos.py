@@ -14,7 +14,10 @@ def place() -> Iterator[Laboratory]:
         yield place
 
 
-@pytest.mark.parametrize("name", ["node killed", "store read-only 5 s", "driver killed"])
+@pytest.mark.parametrize(
+    "name",
+    ["node killed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("store read-only 5 s", "driver killed"))],
+)
 def test_a_disturbed_extraction_ends_as_an_undisturbed_one(place: Laboratory, name: str) -> None:
     random.seed(0)
     [kind] = [kind for kind in KINDS if (kind.step, kind.name) == ("extract", name)]
