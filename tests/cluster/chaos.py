@@ -98,6 +98,7 @@ class Laboratory:
     rollouts: dict[str, tuple[int, ...]] = field(init=False)
     working: dict[str, float] = field(default_factory=dict)
     """Step -> seconds from its workers' readiness to its end, undisturbed."""
+    _timers: list[threading.Timer] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.model = tiny_checkpoint(self.folder / "model", layers=LAYERS, hidden=HIDDEN)
@@ -107,6 +108,18 @@ class Laboratory:
         self.working["extract"] = self._undisturbed("extract", "whole")
         self.arrays = objects(self.disk / "whole")
         self.rollouts = stored_rollouts(self.disk / "base")
+
+    def later(self, seconds: float, action: Callable[[], object]) -> None:
+        """Do something in a while; `settle` waits for it."""
+        timer = threading.Timer(seconds, action)
+        timer.start()
+        self._timers.append(timer)
+
+    def settle(self) -> None:
+        """Wait until everything is as before: the disk writable, three nodes alive."""
+        while self._timers:
+            self._timers.pop().join()
+        self.cluster.wait_for_nodes(3)
 
     def start(self, step: str, run: str, poison: str | None = None) -> subprocess.Popen[str]:
         """The command, as a process of its own."""
@@ -203,7 +216,7 @@ def stop_worker(step: str, seconds: float) -> Callable[[Laboratory, subprocess.P
         done = _signal_worker(laboratory, process, step, signal.SIGSTOP)
         pid = int(done.split()[-1]) if done != NOBODY else 0
         if pid:
-            threading.Timer(seconds, _continue, [pid]).start()
+            laboratory.later(seconds, lambda: _continue(pid))
         return done
 
     return happen
@@ -220,14 +233,14 @@ def kill_node(laboratory: Laboratory, _: subprocess.Popen[str]) -> str:
     nodes = [node for node in laboratory.cluster.nodes[1:] if node.alive]
     node = random.choice(nodes)
     node.kill()
-    threading.Timer(5, laboratory.cluster.add_node).start()
+    laboratory.later(5, laboratory.cluster.add_node)
     return f"raylet of node {laboratory.cluster.nodes.index(node)}"
 
 
 def close_store(laboratory: Laboratory, _: subprocess.Popen[str]) -> str:
     """Make the disk read-only for a while."""
     _remount(laboratory.disk, "ro")
-    threading.Timer(AWAY, _remount, [laboratory.disk, "rw"]).start()
+    laboratory.later(AWAY, lambda: _remount(laboratory.disk, "rw"))
     return "store"
 
 
@@ -264,6 +277,7 @@ def disturb(laboratory: Laboratory, kind: Kind, moment: float, run: str) -> Tria
     what = kind.happen(laboratory, process)
     if what == NOBODY:
         output.end()
+        laboratory.settle()
         shutil.rmtree(place)
         return disturb(laboratory, kind, moment * random.random(), run)
     code, text, commands = output.end(), output.text, 1
@@ -281,7 +295,7 @@ def disturb(laboratory: Laboratory, kind: Kind, moment: float, run: str) -> Tria
     complete = verify(LocalFolder(place)).problems == () and (
         kind.step == "generate" or not unfinished(place, "extract")
     )
-    laboratory.cluster.wait_for_nodes(3)
+    laboratory.settle()
     shutil.rmtree(place)
     return Trial(
         what=what,
