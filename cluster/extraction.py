@@ -27,9 +27,9 @@ from personaspace.cluster.generation import missing_units
 from personaspace.cluster.job import Job
 from personaspace.cluster.replicas import Formation, alive_nodes
 from personaspace.cluster.room import Workers, fit_in_flight
-from personaspace.cluster.schedule import Schedule, Task
+from personaspace.cluster.schedule import UNCOMMITTED_WINDOWS, Schedule, Task
 from personaspace.cluster.session import share_cluster
-from personaspace.cluster.sharding import Share, extraction_actors, extraction_shares, load_gang
+from personaspace.cluster.sharding import Share, extraction_actors, extraction_shares, load_each, load_gang
 from personaspace.cluster.stages import Order, Ran, StageActor, StageSpec, UnitShards
 from personaspace.cluster.supervisor import Supervisor
 from personaspace.cluster.window import WindowWork, load_window, response_tokens, span_rows
@@ -45,8 +45,6 @@ THREADS = 8
 """Of the driver, for coordinates and for windows that come next."""
 AHEAD = 2
 """Windows that are read before a replica asks for them."""
-UNCOMMITTED_WINDOWS = 2
-"""Windows of a replica that may wait for their writers: bounds the host memory of its stages."""
 
 
 def extract(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> None:
@@ -92,7 +90,7 @@ def _run(
     arrays = tuple(spec for spec in job.manifest.arrays if spec.record in missing)
     nodes = alive_nodes()
     actors = extraction_actors(job, cluster, nodes)
-    workers = share_cluster(cluster, actors)
+    workers = share_cluster(cluster, nodes, actors)
     shares = extraction_shares(job, cluster, actors, workers.device)
     transport = None
     if cluster.transport == "direct" and cluster.sharding == "pipeline" and actors > 1:
@@ -105,7 +103,7 @@ def _run(
         workers=workers,
         together=cluster.sharding == "tensor",
         make=lambda place, options: cast(Any, StageActor).options(**options).remote(specs[place]),
-        load=load_gang if cluster.sharding == "tensor" else lambda actors: [actor.load.remote() for actor in actors],
+        load=load_gang if cluster.sharding == "tensor" else load_each,
         connect=None if transport is None else lambda actors: join_directly(actors, transport),
     )
     state_bytes = job.extract.micro_batch_tokens * job.layout.hidden * (4 if job.model.dtype == "float32" else 2)

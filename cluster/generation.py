@@ -33,7 +33,7 @@ from personaspace.cluster.job import Job
 from personaspace.cluster.replicas import Formation, alive_nodes
 from personaspace.cluster.schedule import Schedule, Task
 from personaspace.cluster.session import share_cluster
-from personaspace.cluster.sharding import generation_actors, generation_sharding, load_gang, offload_of
+from personaspace.cluster.sharding import generation_actors, generation_sharding, load_each, load_gang, offload_of
 from personaspace.cluster.supervisor import Supervisor
 from personaspace.extract.chat import ChatFormat
 from personaspace.store.commit import adopt
@@ -88,8 +88,9 @@ def generate(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> 
 def _sample(job: Job, fence: Fence, cluster: ClusterConfig, missing: set[int], report: Report) -> None:
     batches = [batch for batch in job.generation_batches if missing & set(batch)]
     sharding = generation_sharding(cluster)
-    actors = generation_actors(cluster, alive_nodes())
-    workers = share_cluster(cluster, actors)
+    nodes = alive_nodes()
+    actors = generation_actors(cluster, nodes)
+    workers = share_cluster(cluster, nodes, actors)
     work = Generation(job, batches, missing, report)
     specs = [
         GeneratorSpec(
@@ -111,7 +112,7 @@ def _sample(job: Job, fence: Fence, cluster: ClusterConfig, missing: set[int], r
         workers=workers,
         together=True,
         make=lambda rank, options: cast(Any, Generator).options(**options).remote(specs[rank]),
-        load=load_gang if sharding == "tensor" else lambda actors: [actor.load.remote() for actor in actors],
+        load=load_gang if sharding == "tensor" else load_each,
     )
     schedule = Schedule(
         range(len(batches)), work.open_window, in_flight=1, uncommitted=UNCOMMITTED_BATCHES, attempts=cluster.attempts

@@ -71,6 +71,11 @@ class Job:
         """Parts of assistant turns that get a row each in the arrays of spans."""
         return span_parts(self.manifest.arrays)
 
+    @property
+    def groups_run(self) -> int:
+        """Layer groups that are run: nothing behind the last one that is asked for."""
+        return 1 + max(group for spec in self.manifest.arrays for group in spec.wanted_groups(self.layout))
+
     def missing_shards(self, committed: Mapping[Slot, int], unit: int) -> tuple[tuple[str, int], ...]:
         """Shards of a unit that are asked for and have no record: (array's name in records, layer group)."""
         return tuple(

@@ -9,6 +9,7 @@ from typing import Any, cast
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from personaspace.cluster.replicas import alive_nodes
 from personaspace.extract.checkpoint import Checkpoint
 from personaspace.store.errors import InputError, PersonaspaceError
 from personaspace.store.objects import SCRATCH, Folder
@@ -75,7 +76,7 @@ def check_nodes(folder: Folder, model: Files | None = None) -> None:
 
     Raises InputError naming the nodes that can't, and are still there.
     """
-    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    nodes = {node.id: node.address for node in alive_nodes()}
     if len(nodes) == 1 and next(iter(nodes)) == ray.get_runtime_context().get_node_id():
         return  # The driver's own machine, which has just written run.json.
     nonce = uuid.uuid4().hex
@@ -105,7 +106,7 @@ def check_nodes(folder: Folder, model: Files | None = None) -> None:
     finally:
         folder.delete(key)
     # A node may go while it is asked, or have gone unnoticed before: nothing will be sent to it.
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    alive = {node.id for node in alive_nodes()}
     blind = {node: why for node, why in blind.items() if node in alive}
     problems = []
     if blind:

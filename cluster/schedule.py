@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from personaspace.cluster.quarantine import Quarantine
 
+UNCOMMITTED_WINDOWS = 2
+"""Windows of a replica that may wait for their writers: bounds the host memory of its stages."""
 OpenWindow = Callable[[int], Sequence[int]]
 """Loads a window; returns the number of rollouts in each of its micro-batches. None of them: nothing to compute."""
 

@@ -3,7 +3,7 @@
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +14,7 @@ import ray
 
 from personaspace.cluster.config import ClusterConfig
 from personaspace.cluster.job import Job
-from personaspace.cluster.replicas import alive_nodes
-from personaspace.cluster.room import Workers, room, share
+from personaspace.cluster.room import Node, Workers, room, share
 from personaspace.store.creation import refuse_foreign, write_run
 from personaspace.store.errors import InputError, PersonaspaceError
 from personaspace.store.holding import holding
@@ -86,13 +85,12 @@ def ray_cluster(config: ClusterConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def share_cluster(config: ClusterConfig, actors: int) -> Workers:
-    """What each actor gets, of a replica of so many.
+def share_cluster(config: ClusterConfig, nodes: Sequence[Node], actors: int) -> Workers:
+    """What each actor gets of the nodes, of a replica of so many.
 
     Raises InputError if the cluster can't be shared so, or if this process's own cluster has no room for one replica:
     nobody will join that one.
     """
-    nodes = alive_nodes()
     workers = share(nodes, config.device, actors, config.replicas)
     if ray_address(config) is None and not room(nodes, workers, actors):
         raise InputError(

@@ -61,6 +61,11 @@ class Member:
         return Gang(self._meeting or address, rank=rank, ranks=ranks, device=device)
 
 
+def load_each(actors: Sequence[Any]) -> list[Any]:
+    """Have actors load their shares, each for itself."""
+    return [actor.load.remote() for actor in actors]
+
+
 def load_gang(actors: Sequence[Any]) -> list[Any]:
     """Have the actors of a gang load their shares, once they have met at rank 0."""
     address = actors[0].meet.remote()
@@ -117,7 +122,7 @@ def extraction_shares(job: Job, cluster: ClusterConfig, actors: int, device: str
 
     Raises InputError if the layer groups don't allow so many stages.
     """
-    groups = 1 + max(group for spec in job.manifest.arrays for group in spec.wanted_groups(job.layout))
+    groups = job.groups_run
     sharding = cluster.sharding
     cuts = actors if sharding == "pipeline" else min(actors, groups)
     try:

@@ -8,9 +8,9 @@ import torch
 
 from personaspace.cluster.job import Job
 from personaspace.cluster.planning.costs import first_layers
-from personaspace.cluster.planning.fitting import MicroBatchLoad, fit_stages
+from personaspace.cluster.planning.fitting import MicroBatchLoad, fit_stages, fuses_attention
 from personaspace.cluster.room import Node
-from personaspace.extract.counting import count_shape, read_config
+from personaspace.extract.counting import count_shape
 from personaspace.store.errors import InputError
 
 SHORTEST = 64
@@ -43,16 +43,16 @@ def fewest_stages(job: Job, nodes: Sequence[Node], device: str) -> int:
 def stages_for(job: Job, memory_bytes: int, kind: Literal["cuda", "cpu"]) -> int:
     """Stages for devices with so much memory each. Raises InputError if not even one layer group fits."""
     layout, extract = job.layout, job.extract
-    last = max(group for spec in job.manifest.arrays for group in spec.wanted_groups(layout))
     shape = first_layers(
-        count_shape(read_config(job.model), job.checkpoint.name, trust_remote_code=job.model.trust_remote_code),
-        layout.group_layers(last).stop,
+        # Of the commit that the run is pinned to.
+        count_shape(job.checkpoint.config(), job.checkpoint.name, trust_remote_code=job.model.trust_remote_code),
+        layout.group_layers(job.groups_run - 1).stop,
     )
     load = MicroBatchLoad(
         tokens=extract.micro_batch_tokens,
         longest=min(extract.micro_batch_tokens, job.checkpoint.max_positions or extract.micro_batch_tokens),
         segments=-(-extract.micro_batch_tokens // SHORTEST) * len(extract.reductions) * len(extract.sites),
-        fused_attention=job.model.attention.startswith("flash") or not shape.eager_attention,
+        fused_attention=fuses_attention(shape, job.model.attention),
     )
     stages = fit_stages(shape, job.model.dtype, load, memory_bytes, layout.layer_group, kind)
     if stages is None:

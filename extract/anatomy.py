@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from personaspace.extract.checkpoint import Checkpoint
 from personaspace.store.errors import PersonaspaceError
@@ -61,8 +61,7 @@ def dissect(backbone: PreTrainedModel, layers: int) -> Anatomy:
 
 def empty_model(checkpoint: Checkpoint, *, head: bool = False) -> PreTrainedModel:
     """The backbone without weights, or the whole model with its head: tells class and structure at no cost."""
-    config = AutoConfig.from_pretrained(checkpoint.source, **checkpoint.loading())
-    return build_empty(config, checkpoint.source, checkpoint.trust_remote_code, head=head)
+    return build_empty(checkpoint.config(), checkpoint.source, checkpoint.trust_remote_code, head=head)
 
 
 def build_empty(config: Any, source: str, trust_remote_code: bool = False, *, head: bool = False) -> PreTrainedModel:

@@ -36,6 +36,10 @@ class Checkpoint:
     quantization: dict[str, Any] | None = None
     """What its config says of quantised weights; None where they are not."""
 
+    def config(self) -> Any:
+        """Its config, as transformers reads it."""
+        return AutoConfig.from_pretrained(self.source, **self.loading())
+
     def loading(self) -> dict[str, Any]:
         """Arguments that every `from_pretrained` of this checkpoint takes."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
@@ -59,11 +63,7 @@ def resolve(config: ModelConfig, *, hashed: bool = True) -> Checkpoint:
         loaded = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         raise InputError(f"model.id: {source}: transformers cannot read its config: {error}") from error
-    text = loaded.get_text_config()
-    if not hasattr(text, "num_hidden_layers") or not hasattr(text, "hidden_size"):
-        raise InputError(
-            f"model.id: {source} is a {loaded.model_type} model; only decoder language models can be used."
-        )
+    text = decoder_config(loaded, source)
     return Checkpoint(
         source=source,
         name=Path(source).name,
@@ -75,6 +75,14 @@ def resolve(config: ModelConfig, *, hashed: bool = True) -> Checkpoint:
         trust_remote_code=config.trust_remote_code,
         quantization=read_quantization(loaded, source),
     )
+
+
+def decoder_config(config: Any, name: str) -> Any:
+    """The part of a config that describes the decoder. Raises InputError, naming ``name``, where there is none."""
+    text = config.get_text_config()
+    if not hasattr(text, "num_hidden_layers") or not hasattr(text, "hidden_size"):
+        raise InputError(f"model.id: {name} is a {config.model_type} model; only decoder language models can be used.")
+    return text
 
 
 def means_folder(model: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel
 
 from personaspace.extract.anatomy import build_empty, dissect
+from personaspace.extract.checkpoint import decoder_config
 from personaspace.extract.config import ModelConfig
 from personaspace.extract.shape import ModelShape
 from personaspace.store.errors import InputError
@@ -35,9 +36,7 @@ def read_config(model: ModelConfig) -> Any:
 
 def count_shape(config: Any, name: str, *, trust_remote_code: bool = False) -> ModelShape:
     """The shape of the model that ``config`` describes. Raises UnsupportedModelError where it can't be used."""
-    text = config.get_text_config()
-    if not hasattr(text, "num_hidden_layers") or not hasattr(text, "hidden_size"):
-        raise InputError(f"model.id: {name} is a {config.model_type} model; only decoder language models can be used.")
+    text = decoder_config(config, name)
     backbone = build_empty(config, name, trust_remote_code)
     parts = dissect(backbone, text.num_hidden_layers)
     share = _active_experts(text)

@@ -11,7 +11,7 @@ from personaspace.store.catalog import describe, summarize
 from personaspace.store.errors import InputError
 from personaspace.store.location import open_folder, run_folder
 from personaspace.store.objects import Folder
-from personaspace.store.sessions import session_epochs, trace_key
+from personaspace.store.sessions import SESSIONS, session_epochs, trace_key
 from personaspace.store.status import describe_progress, read_sessions
 
 CONFIG_ENDINGS = (".yaml", ".yml")
@@ -63,7 +63,7 @@ def timeline(target: str, *, session: int | None, save: Path | None, page: Path 
     from personaspace.cluster.watching.timeline import describe_shares, shares
 
     folder = _folder(target)
-    found = session_epochs((entry.key for entry in folder.list("sessions")), traces=True)
+    found = session_epochs((entry.key for entry in folder.list(SESSIONS)), traces=True)
     if not found or session not in (None, *found):
         known = f"it has {', '.join(map(str, found))}" if found else "it has none"
         wanted = "" if session is None else f" of session {session}"

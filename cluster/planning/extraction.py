@@ -39,14 +39,15 @@ from personaspace.cluster.planning.fitting import (
 )
 from personaspace.cluster.planning.machines import Machines, Rates
 from personaspace.cluster.planning.workload import Workload
+from personaspace.cluster.schedule import UNCOMMITTED_WINDOWS
 from personaspace.extract.config import Dtype
 from personaspace.extract.shape import BYTES_OF, ModelShape
 
 INDIFFERENT = 0.05
 """Of layouts whose time differs by less than this share, the one with fewest stages is planned: less to hand over, and
 less is lost with a worker."""
-WINDOWS_HELD = 3
-"""Windows of which a stage holds sums at once: two that wait for their writers, and one that is running."""
+WINDOWS_HELD = UNCOMMITTED_WINDOWS + 1
+"""Windows of which a stage holds sums at once: those that wait for their writers, and one that is running."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from personaspace.extract.config import Dtype
+from personaspace.extract.config import Attention, Dtype
 from personaspace.extract.shape import BYTES_OF, ModelShape
 from personaspace.store.layout import Layout
 
@@ -64,6 +64,11 @@ class MicroBatchLoad:
     """Sums taken of it at each layer and site."""
     fused_attention: bool
     """Attention never holds its scores."""
+
+
+def fuses_attention(shape: ModelShape, attention: Attention) -> bool:
+    """Whether the kernels of extraction never hold attention's scores."""
+    return attention != "eager" and (attention != "auto" or not shape.eager_attention)
 
 
 def layer_boundaries(shape: ModelShape, layer_group: int, stages: int) -> list[int]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from personaspace.cluster.planning.advice import advise
 from personaspace.cluster.planning.costs import Asked
 from personaspace.cluster.planning.extraction import ExtractionPlan, Setting, plan_extraction
+from personaspace.cluster.planning.fitting import fuses_attention
 from personaspace.cluster.planning.generation import GenerationPlan, plan_generation
 from personaspace.cluster.planning.machines import Machines, Rates
 from personaspace.cluster.planning.workload import Workload, count_work
@@ -74,7 +75,7 @@ def plan_run(
         prompt_tokens=prompt_tokens,
         response_tokens=response_tokens,
     )
-    fused = model.attention != "eager" and (model.attention != "auto" or not shape.eager_attention)
+    fused = fuses_attention(shape, model.attention)
     groups = -(-work.run_layers // work.layout.layer_group)
     stages = None if asked.stages is None else min(asked.stages, groups)
     setting = Setting(

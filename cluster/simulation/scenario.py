@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 
+from personaspace.cluster.schedule import UNCOMMITTED_WINDOWS
 from personaspace.extract.packing import batch_by_length, windows
 from personaspace.store.layout import Layout
 
@@ -108,7 +109,7 @@ class Scenario:
     micro_batch_tokens: int = 8192
     in_flight: int | None = None
     """Micro-batches of a replica at once; default: twice the stages."""
-    uncommitted: int = 2
+    uncommitted: int = UNCOMMITTED_WINDOWS
     """Windows of a replica that may wait for their writers."""
     seed: int = 0
     """Decides which replicas are slow, and when nodes fail."""
