@@ -86,7 +86,12 @@ class Metrics:
                     _add(self._busy, seconds, {**tags, "stage": str(stage), "activity": busy.activity})
                     if busy.activity == "commit":
                         self._write.observe(seconds, {**tags, "stage": str(stage)})
-        now = tally.step
+        if not isinstance(event, Progressed | Worked):
+            self._report_state(tally)
+
+    def _report_state(self, tally: Tally) -> None:
+        # Not with every micro-batch: Ray's metrics cost more than the rest of the driver's work on one.
+        now, tags = tally.step, self._tags
         self._planned.set(now.rows, tags)
         self._committed.set(now.committed, tags)
         self._dropped.set(now.dropped, tags)
