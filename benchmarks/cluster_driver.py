@@ -13,7 +13,7 @@ from cluster_idle import Enough, Idler, NoWork, send
 
 from personaspace.cluster.config import ClusterConfig
 from personaspace.cluster.events import Event, ReplicaStarted
-from personaspace.cluster.replicas import Formation, alive_nodes, end_replica, is_placed, start_replica
+from personaspace.cluster.replicas import Formation, alive_nodes, end_replica, placed_on, start_replica
 from personaspace.cluster.room import Workers
 from personaspace.cluster.schedule import Schedule
 from personaspace.cluster.supervisor import Supervisor
@@ -98,7 +98,7 @@ def measure_parts(repeats: int, draw: random.Random) -> dict[str, Any]:
     )
     replicas: list[Any] = []
     found["start_replica"] = _median(lambda: replicas.append(start_replica(len(replicas), formation)), min(repeats, 50))
-    found["is_placed"] = _median(lambda: is_placed(replicas[0]), repeats)
+    found["placed_on"] = _median(lambda: placed_on(replicas[0]), repeats)
     for replica in replicas:
         end_replica(replica)
     return found

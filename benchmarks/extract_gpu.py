@@ -25,7 +25,7 @@ from personaspace.extract.selfcheck import check_stage
 from personaspace.extract.slicing import Slice
 from personaspace.extract.stage import Stage
 
-LLAMA_8B = {
+LLAMA_8B: dict[str, Any] = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
     "num_hidden_layers": 32,

@@ -40,7 +40,8 @@ def measure_memory(checkpoint: Checkpoint, shapes: list[tuple[int, int]]) -> dic
 
 def _typical(measure: Callable[..., int], *arguments: Any) -> int:
     """Median of several fresh processes: the allocator's luck moves single ones by up to 70 MB."""
-    return statistics.median_low(isolated(measure, *arguments) for _ in range(PROCESSES))
+    measured: list[int] = [isolated(measure, *arguments) for _ in range(PROCESSES)]
+    return statistics.median_low(measured)
 
 
 def _extra(checkpoint: Checkpoint, name: str, rows: int, length: int) -> int:
