@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -103,7 +103,7 @@ def measure_work(model: str, folder: Path, roles: int, window_rows: int) -> dict
     )
     prepared = time.perf_counter() - begin
     cluster = ClusterConfig(stages=2, replicas=1, device="cpu")
-    seconds: dict[str, list[float]] = {}
+    seconds: dict[str, list[Took]] = {}
     with hold_run(job, say=print) as fence:
         generate(job, fence, cluster, lambda _: None)
         with ExitStack() as stack:
@@ -126,11 +126,12 @@ def measure_work(model: str, folder: Path, roles: int, window_rows: int) -> dict
         "micro_batches": len(seconds["submit"]),
         "prepare_s": prepared,
         "extract_s": whole,
-        "load_window_s_per_rollout": sum(seconds["load_window"]) / rows,
-        "submit_s_per_stage": statistics.median(seconds["submit"]) / 2,
-        "finished_s": statistics.median(seconds["finished"]),
-        "commit_s_per_rollout": sum(seconds["commit"]) / rows,
-        "coordinates_s_per_unit": statistics.median(seconds["commit_coordinates"]),
+        "load_window_s_per_rollout": sum(took.computing for took in seconds["load_window"]) / rows,
+        "submit_s_per_stage": statistics.median(took.whole for took in seconds["submit"]) / 2,
+        "finished_s": statistics.median(took.whole for took in seconds["finished"]),
+        "commit_s_per_rollout": sum(took.whole for took in seconds["commit"]) / rows,
+        "coordinates_s_per_unit": statistics.median(took.computing for took in seconds["commit_coordinates"]),
+        "coordinates_whole_s": statistics.median(took.whole for took in seconds["commit_coordinates"]),
     }
 
 
@@ -164,17 +165,25 @@ def write_rollouts(folder: Path, roles: int, draw: random.Random) -> None:
         (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
 
 
+class Took(NamedTuple):
+    """Seconds of a call."""
+
+    whole: float
+    computing: float
+    """Its thread had a core."""
+
+
 @contextmanager
-def timed(owner: Any, name: str, seconds: list[float]) -> Iterator[None]:
+def timed(owner: Any, name: str, seconds: list[Took]) -> Iterator[None]:
     """Note how long each call of a function takes that the step calls."""
     original = getattr(owner, name)
 
     def measured(*arguments: Any, **options: Any) -> Any:
-        start = time.perf_counter()
+        start, computing = time.perf_counter(), time.thread_time()
         try:
             return original(*arguments, **options)
         finally:
-            seconds.append(time.perf_counter() - start)
+            seconds.append(Took(time.perf_counter() - start, time.thread_time() - computing))
 
     with patch.object(owner, name, measured):
         yield

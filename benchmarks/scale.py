@@ -1,6 +1,6 @@
 """The extract step on clusters that we don't have: 331,200 rollouts of Llama 3.3 70B on 8 to 1,024 GPUs, simulated.
 
-    python benchmarks/scale.py                    # under two minutes; the tables of docs/scale.md
+    python benchmarks/scale.py                    # a minute; the tables of docs/scale.md
     python benchmarks/scale.py --quick --json out.json
 
 The real schedule drives simulated machines (cluster/simulation/simulate.py; assumptions in scenario.py beside it). The
@@ -24,10 +24,10 @@ SEEDS = 5
 WINDOWS_PER_REPLICA = 16
 REQUEST = 0.015
 """Seconds that an object store takes for a small request."""
-REMOTE = DriverCosts(coordinates=0.012 + 16 * REQUEST, load_unit=3 * REQUEST)
+REMOTE = DriverCosts(coordinates_wait=16 * REQUEST, load_wait=3 * REQUEST)
 """A unit's coordinates are 16 requests one after another, its rollouts 3."""
 OFFLOADED = DriverCosts(coordinates=0.0, load=0.0)
-"""Windows are loaded and coordinates committed by others than the driver's loop."""
+"""Other processes than the driver's load windows and commit coordinates."""
 
 
 def suited_rows(scenario: Scenario) -> int:
@@ -72,7 +72,6 @@ def summarize(scenario: Scenario, outcomes: Sequence[Outcome]) -> dict[str, Any]
             "windows": outcome.windows,
             "micro_batches": outcome.micro_batches,
             "waiting_for": outcome.waiting_for,
-            "stops": outcome.stops,
             **{f"share_{name}": share for name, share in asdict(outcome.shares).items()},
             **{f"driver_{name}_s": seconds for name, seconds in outcome.driver.items()},
         }

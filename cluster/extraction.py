@@ -33,15 +33,13 @@ from personaspace.cluster.sharding import Share, extraction_actors, extraction_s
 from personaspace.cluster.stages import Order, Ran, StageActor, StageSpec, UnitShards
 from personaspace.cluster.supervisor import Supervisor
 from personaspace.cluster.window import WindowWork, load_window, response_tokens, span_rows
-from personaspace.extract.collect import Expected
-from personaspace.extract.packing import token_hash
 from personaspace.store.errors import InputError
 from personaspace.store.lease import Fence
 from personaspace.store.records import COORDINATES_RECORD, SPAN_COORDINATES_RECORD, Slot, read_slots
 from personaspace.store.rollouts import read_rollouts
 from personaspace.store.schema import ArraySpec
 
-THREADS = 8
+THREADS = 32
 """Of the driver, for coordinates and for windows that come next."""
 AHEAD = 2
 """Windows that are read before a replica asks for them."""
@@ -176,14 +174,17 @@ class Extraction:
         self._pool = pool
         """Does what would keep the driver from feeding its replicas."""
         self._ahead: dict[int, Future[WindowWork]] = {}
+        self._read = 0
+        """Windows that have been read, or are being read: the first so many."""
         self._windows, self._committed, self._arrays = windows, committed, arrays
         self._open: dict[int, WindowWork] = {}
 
     def open_window(self, window: int) -> list[int]:
         """Read the window's rollouts, and the next ones ahead; returns how many each of its micro-batches has."""
-        for number in range(window, min(window + 1 + AHEAD, len(self._windows))):
-            if number not in self._ahead and number not in self._open:
-                self._ahead[number] = self._pool.submit(load_window, self._job, self._windows[number], self._arrays)
+        while self._read < min(window + 1 + AHEAD, len(self._windows)):
+            units = self._windows[self._read]
+            self._ahead[self._read] = self._pool.submit(load_window, self._job, units, self._arrays)
+            self._read += 1
         if window in self._ahead:
             self._open[window] = self._ahead.pop(window).result()
         return [len(batch.rows) for batch in self._open[window].batches]
@@ -233,11 +234,6 @@ class Extraction:
     def commit(self, actors: Sequence[Any], window: int) -> list[Any]:
         """Have every stage check, write and record its shards of the window."""
         work, job = self._open[window], self._job
-        expected = {
-            row: Expected(token_hash=token_hash(ids), counts=tuple(stop - start for start, stop in segments))
-            for batch in work.batches
-            for row, ids, segments in zip(batch.rows, batch.token_ids, batch.segments, strict=True)
-        }
         commits = []
         for actor, share in zip(actors, self._shares, strict=True):
             size = job.layout.layer_group
@@ -251,7 +247,7 @@ class Extraction:
                         unit=unit,
                         shards=tuple((array, group) for array, group in missing if group in own),
                         dropped={row: why for row, why in work.dropped.items() if row in rows},
-                        expected={row: expected[row] for row in rows if row in expected},
+                        expected={row: work.expected[row] for row in rows if row in work.expected},
                         source=work.sources[unit],
                         redo={(array, g): n for (array, u, g), n in job.redo.items() if u == unit},
                     )

@@ -72,26 +72,28 @@ class Machines:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DriverCosts:
-    """Seconds of the driver's one thread; default: as `benchmarks/cluster.py` measures them, with a run on the driver's
-    own disk (docs/scale.md)."""
+    """Seconds of the driver; default: as `benchmarks/cluster.py` measures them, with a run on the driver's own disk
+    (docs/scale.md). Python runs one of its threads at a time, but threads wait for storage together."""
 
-    look: float = 6.6e-5
+    look: float = 6.4e-5
     """One look for answers."""
-    look_reference: float = 8.5e-7
+    look_reference: float = 3.5e-7
     """The same, for each reference that is looked at."""
-    answer: float = 1.5e-4
+    answer: float = 1.4e-4
     """To take an answer, ask the schedule and report."""
-    submit: float = 4.0e-4
+    submit: float = 1.5e-4
     """To send one stage a micro-batch, tokens included."""
-    load: float = 1.1e-4
-    """To read a window and form its micro-batches, for each rollout."""
-    load_unit: float = 0.0
-    """The same, in addition for each unit: its requests to a remote store, one after another."""
-    commit: float = 3.4e-5
+    load: float = 6.7e-5
+    """In a thread: to read a window and form its micro-batches, for each rollout."""
+    load_wait: float = 0.0
+    """The same, for each unit: to wait for its requests to a remote store, one after another."""
+    commit: float = 1.2e-5
     """To have a window committed, for each rollout."""
-    coordinates: float = 1.2e-2
-    """To commit the coordinates of a unit."""
-    start: float = 1.7e-3
+    coordinates: float = 5.9e-3
+    """In a thread: to commit the coordinates of a unit."""
+    coordinates_wait: float = 6e-3
+    """The same: to wait for its requests."""
+    start: float = 1.2e-3
     """To ask for a replica."""
 
 

@@ -1,22 +1,27 @@
 """A discrete-event simulation of the extract step: the real schedule, with simulated machines and driver.
 
-The driver does what supervisor.py and extraction.py do, in one thread and in that order: it looks for answers, tells
-the schedule, stores coordinates, and sends what is due, opening windows as the schedule asks for them. Each of these
-costs it measured seconds (scenario.DriverCosts), in which it does nothing else. Same scenario, same outcome.
+The driver does what supervisor.py and extraction.py do, in that order: its loop looks for answers, tells the schedule,
+and sends what is due; its threads read windows ahead and commit coordinates. Each of these costs measured seconds
+(scenario.DriverCosts) of Python's interpreter, of which threads that want it have even shares. Same scenario, same
+outcome.
 """
 
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 
 from personaspace.cluster.schedule import Commit, Schedule, Task
+from personaspace.cluster.simulation.process import Errand, Process
 from personaspace.cluster.simulation.scenario import Scenario
 from personaspace.cluster.simulation.simulated import Answer, SimulatedReplica, World
 from personaspace.cluster.watching.occupancy import occupancy
 
-FAILED_STARTS = 3
-"""Replicas that the supervisor lets be lost one after the other while they load (tested to be what it has)."""
+THREADS = 32
+AHEAD = 2
+"""Threads that read windows and commit coordinates, and windows that are read ahead, as extraction.py has them (tested
+to be so)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,8 +73,6 @@ class Outcome:
     """Rollouts that had come through, and ran again."""
     waiting_for: float
     """Seconds from the moment when no window waits until the end."""
-    stops: int
-    """Times that the supervisor would have given up, as too many replicas in a row were lost while they loaded."""
     commits: tuple[int, ...]
     """Windows, in the order in which they were committed."""
 
@@ -104,42 +107,36 @@ class _Driver:
         )
         self._free = deque(range(scenario.replicas))
         """Places in the cluster for replicas."""
-        self._now = 0.0
-        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._process = Process(self._world.clock, THREADS)
+        self._read = 0
+        """Windows that have been read, or are being read: the first so many."""
+        self._ready: set[int] = set()
+        """Those that have been."""
         self._references: Counter[int] = Counter()
         """Replica -> references that it has not answered."""
         self._active: dict[int, SimulatedReplica] = {}
-        self._calls = self._lost = self._repeated = self._failed_starts = self._stops = 0
+        self._calls = self._lost = self._repeated = 0
         self._begun = self._spent = self._emptied = 0.0
         self._commits: list[int] = []
 
     def run(self) -> Outcome:
         self._fill()
         while not self._schedule.done:
-            self._world.clock.run(self._now)
-            if not self._world.answers:
-                upcoming = self._world.clock.next
-                assert upcoming is not None, "nothing is under way, and not everything is committed"
-                self._now = max(self._now, upcoming)
-                continue
-            self._spend("look", self._costs.look + self._costs.look_reference * self._references.total())
-            self._world.clock.run(self._now)
+            self._process.wait(lambda: bool(self._world.answers))
+            self._process.spend("look", self._costs.look + self._costs.look_reference * self._references.total())
             answers = list(self._world.answers)
             self._world.answers.clear()
             for answer in answers:
                 self._handle(answer)
+        self._process.wait(lambda: not self._process.outstanding)
         return self._outcome()
-
-    def _spend(self, what: str, seconds: float) -> None:
-        self._seconds[what] += seconds
-        self._now += seconds
 
     def _fill(self) -> None:
         """As many replicas as there is room for, but no more than there are windows for."""
         loading = len(self._world.replicas) - self._lost - len(self._active)
         for _ in range(min(len(self._free), self._schedule.waiting - loading)):
-            self._spend("start", self._costs.start)
-            self._world.start(self._free.popleft(), self._now)
+            self._process.spend("start", self._costs.start)
+            self._world.start(self._free.popleft(), self._process.now)
 
     def _handle(self, answer: Answer) -> None:
         replica, action = answer.replica, answer.action
@@ -150,43 +147,40 @@ class _Driver:
             return  # It was lost a moment ago.
         match action:
             case None:
-                self._failed_starts = 0
                 if not self._active and not self._begun:
-                    self._begun, self._spent = self._now, sum(self._seconds.values())
-                replica.joined = self._now
+                    self._begun, self._spent = self._process.now, sum(self._process.seconds.values())
+                replica.joined = self._process.now
                 self._active[replica.number] = replica
                 self._schedule.join(replica.number)
             case Task():
-                self._spend("answer", self._costs.answer)
+                self._process.spend("answer", self._costs.answer)
                 self._references[replica.number] -= 1
                 self._schedule.finish(replica.number, action)
             case Commit(window=window):
-                self._spend("answer", self._costs.answer * self._scenario.stages)
+                self._process.spend("answer", self._costs.answer * self._scenario.stages)
                 self._references[replica.number] -= self._scenario.stages
                 self._schedule.committed(replica.number, window)
                 self._commits.append(window)
-                self._spend("coordinates", self._costs.coordinates * self._units(window))
+                for _ in range(self._units(window)):
+                    self._process.send(Errand("coordinates", self._costs.coordinates_wait, self._costs.coordinates))
         self._feed(replica)
 
     def _feed(self, replica: SimulatedReplica) -> None:
         for action in self._schedule.due(replica.number):
             self._calls += 1
             if isinstance(action, Task):
-                self._spend("submit", self._costs.submit * self._scenario.stages)
+                self._process.spend("submit", self._costs.submit * self._scenario.stages)
                 self._references[replica.number] += 1
-                self._world.forward(replica, action, self._windows[action.window][action.batch], self._now)
+                self._world.forward(replica, action, self._windows[action.window][action.batch], self._process.now)
             else:
-                self._spend("commit", self._costs.commit * self._rollouts(action.window))
+                self._process.spend("commit", self._costs.commit * self._rollouts(action.window))
                 self._references[replica.number] += self._scenario.stages
-                self._world.commit(replica, action, self._units(action.window), self._now)
+                self._world.commit(replica, action, self._units(action.window), self._process.now)
 
     def _lose(self, replica: SimulatedReplica) -> None:
         self._lost += 1
         self._references.pop(replica.number, None)
-        if self._active.pop(replica.number, None) is None:
-            self._failed_starts += 1
-            self._stops += self._failed_starts == FAILED_STARTS
-        else:
+        if self._active.pop(replica.number, None) is not None:
             # A node that died blames no micro-batch.
             self._repeated += self._schedule.leave(replica.number, blame=[]).rollouts
             for other in self._active.values():
@@ -195,10 +189,14 @@ class _Driver:
         self._fill()
 
     def _open_window(self, window: int) -> Sequence[int]:
-        seconds = self._costs.load * self._rollouts(window) + self._costs.load_unit * self._units(window)
-        self._spend("load", seconds)
+        while self._read < min(window + 1 + AHEAD, len(self._windows)):
+            number = self._read
+            seconds, wait = self._costs.load * self._rollouts(number), self._costs.load_wait * self._units(number)
+            self._process.send(Errand("load", wait, seconds, partial(self._ready.add, number)))
+            self._read += 1
+        self._process.wait(lambda: window in self._ready)
         if not self._schedule.waiting:
-            self._emptied = self._now
+            self._emptied = self._process.now
         return [batch.rollouts for batch in self._windows[window]]
 
     def _rollouts(self, window: int) -> int:
@@ -208,7 +206,7 @@ class _Driver:
         return -(-self._rollouts(window) // self._scenario.shape.unit_rows)
 
     def _outcome(self) -> Outcome:
-        end, scenario = self._now, self._scenario
+        end, scenario = self._process.now, self._scenario
         batches = [batch for window in self._windows for batch in window]
         tokens, padded = sum(batch.tokens for batch in batches), sum(batch.padded for batch in batches)
         ideal = tokens * scenario.token_seconds / (scenario.replicas * scenario.stages)
@@ -251,8 +249,8 @@ class _Driver:
                 tail=(present - feeding - bubble - busy) / whole,
             ),
             bubble=fmean(occupancy(replica.passes).bubble for replica in working),
-            driver_busy=(sum(self._seconds.values()) - self._spent) / (end - self._begun),
-            driver=dict(self._seconds),
+            driver_busy=(sum(self._process.seconds.values()) - self._spent) / (end - self._begun),
+            driver=dict(self._process.seconds),
             calls_per_s=self._calls / (end - self._begun),
             windows=len(self._windows),
             micro_batches=len(batches),
@@ -260,6 +258,5 @@ class _Driver:
             lost_replicas=self._lost,
             repeated=self._repeated,
             waiting_for=end - self._emptied,
-            stops=self._stops,
             commits=tuple(self._commits),
         )

@@ -7,13 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from personaspace.cluster import supervisor
+from personaspace.cluster import extraction
 from personaspace.cluster.simulation import simulate as simulation
 from personaspace.cluster.simulation.clock import Clock, Link
 from personaspace.cluster.simulation.scenario import FLOAT32, STATE_BYTES, DriverCosts, Machines, Scenario, Shape
 from personaspace.cluster.simulation.simulate import simulate
 
-FREE = DriverCosts(look=0, look_reference=0, answer=0, submit=0, load=0, commit=0, coordinates=0, start=0)
+FREE = DriverCosts(
+    look=0, look_reference=0, answer=0, submit=0, load=0, commit=0, coordinates=0, coordinates_wait=0, start=0
+)
 
 
 @st.composite
@@ -34,7 +36,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         ),
         # Of a small model, so that a run gets on between two failures.
         shape=Shape(unit_rows=10, block_parameters=8e9, hidden=4096, checkpoint_bytes=16e9),
-        costs=draw(st.sampled_from([FREE, DriverCosts(), DriverCosts(coordinates=0.5, load_unit=0.1)])),
+        costs=draw(st.sampled_from([FREE, DriverCosts(), DriverCosts(coordinates=0.5, load_wait=0.1)])),
         rollouts=draw(st.integers(1, 800)),
         stages=stages,
         window_rows=draw(st.sampled_from([10, 30, 400])),
@@ -57,7 +59,7 @@ def test_every_window_is_committed_once_and_all_time_is_accounted_for(scenario: 
     assert -1e-9 <= outcome.bubble < 1
     assert 0 <= outcome.driver_busy <= 1 + 1e-9
     if scenario.machines.mtbf_hours is None:
-        assert (outcome.lost_replicas, outcome.repeated, outcome.stops) == (0, 0, 0)
+        assert (outcome.lost_replicas, outcome.repeated) == (0, 0)
         assert outcome.shares.repeated == pytest.approx(0, abs=1e-9)
     else:
         calm = simulate(replace(scenario, machines=replace(scenario.machines, mtbf_hours=None)))
@@ -137,8 +139,8 @@ def test_nodes_that_fail_cost_what_was_not_committed() -> None:
     assert 0 < outcome.repeated <= outcome.lost_replicas * 4 * 1200, "of the windows at work and of those uncommitted"
 
 
-def test_the_supervisor_gives_up_where_the_simulation_counts_it() -> None:
-    assert simulation.FAILED_STARTS == supervisor.FAILED_STARTS
+def test_the_simulated_driver_is_made_as_the_real_one() -> None:
+    assert (simulation.THREADS, simulation.AHEAD) == (extraction.THREADS, extraction.AHEAD)
 
 
 @given(
