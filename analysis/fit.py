@@ -45,7 +45,9 @@ def compute_space(folder: Folder, config: AnalysisConfig) -> xr.Dataset:
     cell_N = cell_of_row(run, questions)
     count_R = np.bincount(cell_N[cell_N >= 0] // questions, minlength=len(roles))
     default = [index for index, role in enumerate(roles) if role["id"] == DEFAULT_ROLE and count_R[index]]
-    others = [index for index, role in enumerate(roles) if role["id"] != DEFAULT_ROLE and count_R[index]]
+    # The poles of traits are no roles, and have a space of their own.
+    is_role = [role["id"] != DEFAULT_ROLE and not role.get("pole") for role in roles]
+    others = [index for index in range(len(roles)) if is_role[index] and count_R[index]]
     if not default or len(others) < 2:
         raise InputError(
             f"{folder.url}: {len(default)} of `default` and {len(others)} other roles have usable rollouts; the axis "

@@ -9,19 +9,13 @@ from typing import Any
 
 from personaspace.cluster.arrays import count_span_places, merge_arrays
 from personaspace.extract.anatomy import check_supported
+from personaspace.extract.catalogue import Question, Role
 from personaspace.extract.chat import ChatFormat
 from personaspace.extract.checkpoint import Checkpoint, resolve
 from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig
 from personaspace.extract.growth import Change, StoredPlan, continue_plan
 from personaspace.extract.packing import chooses_packed, windows
-from personaspace.extract.personas import (
-    PersonaPlan,
-    PlannedRollout,
-    Question,
-    Role,
-    plan_imported,
-    plan_personas,
-)
+from personaspace.extract.personas import PersonaPlan, PlannedRollout, plan_imported, plan_personas
 from personaspace.extract.quantization import check_packages
 from personaspace.extract.reductions import Readout
 from personaspace.extract.sites import check_compilable

@@ -4,11 +4,20 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
+from pydantic import BeforeValidator
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 Packing = Literal["auto", "padded", "packed"]
 Site = Literal["resid_post", "resid_pre", "attn_out", "mlp_out"]
+
+
+def _as_tuple(given: object) -> object:
+    return (given,) if isinstance(given, str) else tuple(given) if isinstance(given, list) else given
+
+
+Sources = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+"""One or several, each the name of a file or folder, or `builtin`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,12 +47,17 @@ class ModelConfig:
 class PersonasConfig:
     """Which roles are asked which questions (identity)."""
 
-    roles: str = "builtin"
-    """`builtin`, a YAML file in the format of configs/personas/roles.yaml, or a folder of assistant-axis JSON files."""
-    questions: str = "builtin"
-    """`builtin`, a YAML file in the format of configs/personas/questions.yaml, or an assistant-axis JSONL file."""
+    roles: Sources = ("builtin",)
+    """Any of `builtin`, YAML files as in configs/personas/roles, folders of them, and folders of assistant-axis JSON
+    files."""
+    questions: Sources = ("builtin",)
+    """Any of `builtin`, YAML files in the format of configs/personas/questions.yaml, and assistant-axis JSONL files."""
+    traits: Sources = ()
+    """The same as for roles, in the format of configs/personas/traits.yaml. Default: no traits."""
     only: tuple[str, ...] = ()
     """Role ids to use; empty: all of them. `default` is always used."""
+    only_traits: tuple[str, ...] = ()
+    """Trait ids to use; empty: all of them."""
     prompts: Annotated[int, Ge(1)] = 5
     """System prompts (phrasings) used of each role."""
     max_questions: Annotated[int, Ge(1)] | None = None

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from personaspace.extract.personas import PersonaPlan, PlannedRollout, Question, Role
+from personaspace.extract.catalogue import Question, Role
+from personaspace.extract.personas import PersonaPlan, PlannedRollout
 from personaspace.store.errors import IdentityError, InputError
 from personaspace.store.layout import Layout
 from personaspace.store.plan import PlannedRow

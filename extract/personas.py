@@ -1,48 +1,21 @@
-"""Personas: the catalogue of roles and questions, and the plan that crosses them into rows.
+"""The plan that crosses the roles, traits and questions of a catalogue into rows.
 
-Ids of roles and questions are permanent. The plan's order (roles one after another, each with its prompts,
-questions and samples) decides the rows of the arrays.
+Its order (roles one after another, then the poles of traits, each with its prompts, questions and samples) decides the
+rows of the arrays.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
-import yaml
-
+from personaspace.extract.catalogue import Question, Role, select
+from personaspace.extract.catalogue_files import load_questions, load_roles, load_traits
 from personaspace.extract.config import PersonasConfig
 from personaspace.store.errors import InputError
 from personaspace.store.formats import assistant_axis
 from personaspace.store.formats.role_names import DEFAULT_ROLE
 from personaspace.store.plan import rollout_id
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Role:
-    """A persona that the model is asked to take on."""
-
-    id: str
-    """Permanent name, such as `ghost`."""
-    kind: str
-    """professional, everyday, dramatic, fantastical, abstract; `assistant` for default; `unknown` if imported."""
-    description: str
-    """One sentence."""
-    prompts: tuple[str, ...]
-    """System prompts; an empty one means no system message. `{model_name}` is substituted."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Question:
-    """Something that every role is asked."""
-
-    id: str
-    """Permanent name, such as `q017`."""
-    category: str
-    """What it is about; `unknown` if imported."""
-    text: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,10 +53,10 @@ def plan_personas(config: PersonasConfig, *, model_name: str, generation: str) -
     ``model_name`` fills `{model_name}` in prompts; ``generation`` describes the sampling and enters every
     rollout id. Raises InputError naming the file and the entry at fault.
     """
-    roles = select_roles(load_roles(config.roles), config.only)
+    roles = _roles(config)
     questions = load_questions(config.questions)[: config.max_questions]
     if not questions:
-        raise InputError(f"personas.questions: {config.questions} holds no questions; at least one is needed.")
+        raise InputError(f"personas.questions: no questions in {' or '.join(config.questions)}; give at least one.")
     rows: list[PlannedRollout] = []
     for role_id, role in enumerate(roles):
         samples = config.default_samples if role.id == DEFAULT_ROLE else config.samples
@@ -152,54 +125,14 @@ def plan_imported(folder: Path) -> PersonaPlan:
     )
 
 
-def load_roles(source: str) -> list[Role]:
-    """Roles from `builtin`, a YAML file, or a folder of assistant-axis JSON files; `default` first."""
-    path = Path(source).expanduser()
-    if source == "builtin":
-        roles = _parse_roles(_builtin("roles.yaml"), "configs/personas/roles.yaml")
-    elif path.is_dir():
-        roles = [
-            Role(id=name, kind="unknown", description="", prompts=prompts)
-            for name, prompts in assistant_axis.read_roles(path)
-        ]
-    elif path.is_file():
-        roles = _parse_roles(_read(path), str(path))
-    else:
-        raise InputError(f"personas.roles: {source} does not exist; give `builtin`, a YAML file, or a folder of JSONs.")
-    _refuse_duplicates([role.id for role in roles], f"personas.roles: {source}", "role id")
-    for role in roles:
-        _refuse_duplicates(role.prompts, f"personas.roles: {source}: role {role.id!r}", "prompt")
-    return sorted(roles, key=lambda role: role.id != DEFAULT_ROLE)
-
-
-def load_questions(source: str) -> list[Question]:
-    """Questions from `builtin`, a YAML file, or an assistant-axis JSONL file."""
-    path = Path(source).expanduser()
-    if source == "builtin":
-        questions = _parse_questions(_builtin("questions.yaml"), "configs/personas/questions.yaml")
-    elif not path.is_file():
-        raise InputError(f"personas.questions: {source} does not exist; give `builtin`, a YAML file, or a JSONL file.")
-    elif path.suffix == ".jsonl":
-        questions = [Question(id=i, category="unknown", text=text) for i, text in assistant_axis.read_questions(path)]
-    else:
-        questions = _parse_questions(_read(path), str(path))
-    _refuse_duplicates([question.id for question in questions], f"personas.questions: {source}", "question id")
-    _refuse_duplicates([question.text for question in questions], f"personas.questions: {source}", "question")
-    return questions
-
-
-def select_roles(roles: list[Role], only: Sequence[str]) -> list[Role]:
-    """The roles named by ``only`` and `default`; all if it is empty. Raises InputError for unknown names."""
-    known = {role.id for role in roles}
-    unknown = sorted(set(only) - known)
-    if unknown:
-        raise InputError(f"personas.only: unknown role {', '.join(unknown)}. Known: {', '.join(sorted(known))}.")
-    if DEFAULT_ROLE not in known:
+def _roles(config: PersonasConfig) -> list[Role]:
+    """The chosen roles, and the poles of the chosen traits."""
+    roles = select(load_roles(config.roles), config.only, "personas.only")
+    if DEFAULT_ROLE not in {role.id for role in roles}:
         raise InputError(f"personas.roles: no role `{DEFAULT_ROLE}`; the axis is measured against it, so add one.")
-    chosen = [role for role in roles if not only or role.id in only or role.id == DEFAULT_ROLE]
-    if len(chosen) < 2:
+    if len(roles) < 2:
         raise InputError("personas: `default` alone spans no space; use at least one more role.")
-    return chosen
+    return roles + select(load_traits(config.traits), config.only_traits, "personas.only_traits")
 
 
 def _pairs(pairing: str, prompts: int, questions: int, samples: int) -> Iterator[tuple[int, int, int]]:
@@ -218,56 +151,3 @@ def _pairs(pairing: str, prompts: int, questions: int, samples: int) -> Iterator
 def _messages(system: str, question: str) -> tuple[dict[str, str], ...]:
     user = {"role": "user", "content": question}
     return ({"role": "system", "content": system}, user) if system else (user,)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text: {error}") from error
-
-
-def _builtin(name: str) -> str:
-    return (resources.files("personaspace") / "configs" / "personas" / name).read_text(encoding="utf-8")
-
-
-def _parse_roles(text: str, where: str) -> list[Role]:
-    roles = []
-    for entry in _entries(text, where, "roles", {"id": str, "kind": str, "description": str, "prompts": list}):
-        prompts = entry["prompts"]
-        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise InputError(
-                f"{where}: role {entry['id']!r}: prompts is {prompts!r}; give a list of at least one text."
-            )
-        roles.append(Role(id=entry["id"], kind=entry["kind"], description=entry["description"], prompts=tuple(prompts)))
-    return roles
-
-
-def _parse_questions(text: str, where: str) -> list[Question]:
-    fields = {"id": str, "category": str, "text": str}
-    return [Question(**entry) for entry in _entries(text, where, "questions", fields)]
-
-
-def _entries(text: str, where: str, key: str, fields: Mapping[str, type]) -> list[dict[str, Any]]:
-    """The list under ``key`` of a YAML text, each entry a mapping with exactly ``fields``."""
-    try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{where}: not valid YAML: {error}") from error
-    entries = document.get(key) if isinstance(document, dict) else None
-    if not isinstance(entries, list):
-        raise InputError(f"{where}: needs a list under `{key}:`.")
-    for number, entry in enumerate(entries):
-        if not isinstance(entry, dict) or entry.keys() != fields.keys():
-            found = sorted(map(str, entry)) if isinstance(entry, dict) else entry
-            raise InputError(f"{where}: {key}[{number}] has {found!r}; it needs exactly {sorted(fields)}.")
-        for name, expected in fields.items():
-            if not isinstance(entry[name], expected):
-                raise InputError(f"{where}: {key}[{number}].{name} is {entry[name]!r}; expected {expected.__name__}.")
-    return entries
-
-
-def _refuse_duplicates(ids: Sequence[str], where: str, what: str) -> None:
-    double = sorted(name for name, count in Counter(ids).items() if count > 1)
-    if double:
-        raise InputError(f"{where}: {what} {', '.join(double)} appears more than once; each must be unique.")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from personaspace.config import load_config, print_flags
 from personaspace.new_cli import add_new_command, run_new
+from personaspace.personas_cli import add_personas, run_personas
 from personaspace.plan_cli import add_plan_command, run_plan
 from personaspace.store.errors import InputError, PersonaspaceError
 from personaspace.store_cli import add_commands, run_store
@@ -31,6 +32,7 @@ examples:
   personaspace new Qwen/Qwen3-8B --output qwen3-8b.yaml
   personaspace status s3://bucket/runs/demo --watch
   personaspace timeline runs/demo --html timeline.html
+  personaspace personas show ghost
   personaspace store ls runs
   ray job submit --address http://HEAD:8265 --working-dir . -- python -m personaspace run configs/demo.yaml
 
@@ -45,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if parsed.command == "store":
             return run_store(parsed, flags)
+        if parsed.command == "personas":
+            return run_personas(parsed, flags)
         if parsed.command == "plan":
             run_plan(parsed, flags)
             return 0
@@ -101,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page for the browser")
     add_plan_command(commands)
     add_new_command(commands)
+    add_personas(commands)
     add_watching(commands)
     add_commands(commands)
     return parser

@@ -11,7 +11,7 @@ from personaspace.store.errors import InputError, IntegrityError, LeaseError
 from personaspace.store.index import read_index
 from personaspace.store.lease import Holder, read_holder
 from personaspace.store.location import is_run_name
-from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, Manifest, require_manifest
+from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, Manifest, catalogue_hash, require_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.records import ROLLOUTS, newest_generations
 from personaspace.store.schema import STATUS
@@ -140,7 +140,7 @@ def describe(summary: RunSummary) -> str:
         "state": summary.state + (f" as {summary.content_hash}" if summary.content_hash else ""),
         "model": f"{summary.model}, {layout.layers} layers x {layout.hidden}",
         "planned": f"{layout.rows} rollouts{segments}: {len(manifest.tables['roles'])} roles, "
-        f"{len(manifest.tables['questions'])} questions",
+        f"{len(manifest.tables['questions'])} questions (catalogue {catalogue_hash(manifest.tables)})",
         "generated": f"{summary.generated}/{layout.rows} rollouts",
         "extracted": f"{summary.extracted}/{layout.rows} rollouts ({summary.dropped} dropped)",
         "shards": f"{summary.shards}/{summary.shards_wanted} of {', '.join(s.path for s in manifest.arrays)}, "

@@ -5,7 +5,7 @@ It can't be computed again from anything else, so a copy lies beside it.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -61,7 +61,11 @@ class Manifest:
         return max((int(session["epoch"]) for session in self.sessions), default=0)
 
     def encode(self) -> bytes:
-        head = {"schema_version": SCHEMA_VERSION, "identity_hash": self.identity_hash}
+        head = {
+            "schema_version": SCHEMA_VERSION,
+            "identity_hash": self.identity_hash,
+            "catalogue_hash": catalogue_hash(self.tables),
+        }
         return seal({**head, **asdict(self)})
 
     @classmethod
@@ -79,6 +83,7 @@ class Manifest:
         try:
             del raw["schema_version"]
             stored_hash = raw.pop("identity_hash")
+            raw.pop("catalogue_hash", None)
             layout = {**raw["layout"], "segments": tuple(raw["layout"]["segments"])}
             arrays = [
                 {**a, "layers": None if a["layers"] is None else tuple(a["layers"]), "spans": tuple(a["spans"])}
@@ -100,6 +105,12 @@ class Manifest:
         if manifest.identity_hash != stored_hash:
             raise IntegrityError(f"{where}: identity_hash {stored_hash} does not match the identity.")
         return manifest
+
+
+def catalogue_hash(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """16 hex digits of a hash over all that roles and questions say; their order makes no difference."""
+    entries = sorted(json.dumps(entry, sort_keys=True) for table in tables.values() for entry in table)
+    return hashlib.sha256("\n".join(entries).encode()).hexdigest()[:16]
 
 
 def read_manifest(folder: Folder, key: str = MANIFEST) -> Manifest | None:

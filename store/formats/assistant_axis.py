@@ -21,6 +21,19 @@ _QUESTION_ID = re.compile(r"aa(0|[1-9][0-9]{0,8})")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Persona:
+    """A role's or trait's file."""
+
+    name: str
+    positive: tuple[str, ...]
+    """System prompts."""
+    negative: tuple[str, ...]
+    """Those to the contrary, of a trait; else empty."""
+    judge: str
+    """Instructions for a judge, with `{question}` and `{answer}`; may be empty."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Response:
     """One line of a response file: a finished conversation of a role."""
 
@@ -42,9 +55,9 @@ class Response:
     """`FILE:LINE`, for messages; empty if not read from a file."""
 
 
-def read_roles(folder: Path) -> list[tuple[str, tuple[str, ...]]]:
-    """(role, system prompts) of every ROLE.json in ``folder``. Raises InputError for a file without `instruction`."""
-    return [(role, _read_prompts(file)) for role, file in role_files(folder, ".json")]
+def read_personas(folder: Path) -> list[Persona]:
+    """What every NAME.json in ``folder`` says. Raises InputError for a file without `instruction`."""
+    return [_read_persona(name, file) for name, file in role_files(folder, ".json")]
 
 
 def read_questions(file: Path) -> list[tuple[str, str]]:
@@ -143,16 +156,22 @@ def _turns(where: str, conversation: Any) -> tuple[dict[str, str], ...]:
     return tuple(turn for turn in conversation if turn["role"] != "system" or turn["content"])
 
 
-def _read_prompts(file: Path) -> tuple[str, ...]:
+def _read_persona(name: str, file: Path) -> Persona:
     entry = parse_json(file.read_bytes(), f"{file}: not valid JSON")
     instructions = entry.get("instruction") if isinstance(entry, dict) else None
     if not isinstance(instructions, list) or not instructions:
         found = sorted(entry) if isinstance(entry, dict) else f"a JSON {type(entry).__name__}"
         raise InputError(f'{file}: needs `instruction`, a list of {{"pos": "system prompt"}}; it has {found}.')
-    prompts = [item["pos"] for item in instructions if isinstance(item, dict) and isinstance(item.get("pos"), str)]
-    if len(prompts) < len(instructions):
+    poles = {pole: [item.get(pole) for item in instructions if isinstance(item, dict)] for pole in ("pos", "neg")}
+    positive, negative = ([text for text in poles[pole] if isinstance(text, str)] for pole in ("pos", "neg"))
+    if len(positive) < len(instructions):
         raise InputError(f"{file}: every entry of `instruction` needs a text under `pos`.")
-    return tuple(prompts)
+    if negative and len(negative) < len(positive):
+        raise InputError(f"{file}: a trait needs a text under `neg` in every entry of `instruction`.")
+    judge = entry.get("eval_prompt", "")
+    if not isinstance(judge, str):
+        raise InputError(f"{file}: eval_prompt is {judge!r}; expected a text.")
+    return Persona(name=name, positive=tuple(positive), negative=tuple(negative), judge=judge)
 
 
 def _json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:

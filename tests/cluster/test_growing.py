@@ -56,7 +56,7 @@ class Place:
         ):
             files[kind] = self.folder / f"{name}-{kind}.yaml"
             files[kind].write_text(yaml.safe_dump({"version": 1, kind: entries}))
-        return PersonasConfig(roles=str(files["roles"]), questions=str(files["questions"]))
+        return PersonasConfig(roles=(str(files["roles"]),), questions=(str(files["questions"]),))
 
     def job(
         self,

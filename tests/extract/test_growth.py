@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from personaspace.extract.catalogue import Question, Role
 from personaspace.extract.growth import Change, StoredPlan, continue_plan
-from personaspace.extract.personas import PersonaPlan, PlannedRollout, Question, Role, plan_imported, rollout_id
+from personaspace.extract.personas import PersonaPlan, PlannedRollout, plan_imported, rollout_id
 from personaspace.store.errors import IdentityError, InputError
 from personaspace.store.layout import Layout
 from personaspace.store.plan import PlannedRow

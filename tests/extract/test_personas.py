@@ -1,4 +1,4 @@
-"""Personas: the built-in catalogue, crossing, permanent rollout ids, and every refusal as the user reads it."""
+"""The plan: crossing, permanent rollout ids, and every refusal as the user reads it."""
 
 import json
 import random
@@ -15,14 +15,10 @@ from hypothesis import strategies as st
 from personaspace.extract.config import PersonasConfig
 from personaspace.extract.personas import (
     PersonaPlan,
-    load_questions,
-    load_roles,
     plan_personas,
     rollout_id,
 )
 from personaspace.store.errors import InputError
-
-KINDS = {"professional", "everyday", "dramatic", "fantastical", "abstract"}
 
 
 def role(name: str, *prompts: str) -> dict[str, Any]:
@@ -43,8 +39,8 @@ def config(tmp_path: Path) -> PersonasConfig:
     """default (3 prompts) and ghost (2), asked q0 to q2."""
     roles = [role("ghost", "Be a ghost.", "Haunt."), role("default", "", "You are {model_name}.", "Be yourself.")]
     return PersonasConfig(
-        roles=write(tmp_path / "roles.yaml", version=1, roles=roles),
-        questions=write(tmp_path / "questions.yaml", version=1, questions=[question(f"q{i}") for i in range(3)]),
+        roles=(write(tmp_path / "roles.yaml", version=1, roles=roles),),
+        questions=(write(tmp_path / "questions.yaml", version=1, questions=[question(f"q{i}") for i in range(3)]),),
     )
 
 
@@ -54,26 +50,6 @@ def plan(config: PersonasConfig, generation: str = "T=0.7") -> PersonaPlan:
 
 def coordinates(plan: PersonaPlan) -> list[tuple[str, int, int, int]]:
     return [(plan.roles[row.role_id].id, row.prompt, row.question, row.sample) for row in plan.rows]
-
-
-def test_builtin_catalogue() -> None:
-    default, *roles = load_roles("builtin")
-    assert (default.id, default.kind, default.prompts[0]) == ("default", "assistant", "")
-    assert len(roles) >= 32
-    assert {role.kind for role in roles} == KINDS
-    assert {len(role.prompts) for role in (default, *roles)} == {5}
-    assert all(prompt.strip() for role in roles for prompt in role.prompts)
-    for texts in ([role.id for role in roles], [prompt for role in roles for prompt in role.prompts]):
-        assert len(set(texts)) == len(texts)
-
-
-def test_builtin_questions_stay_balanced_in_every_block_of_eight() -> None:
-    questions = load_questions("builtin")
-    assert len(questions) >= 48
-    assert len({question.id for question in questions}) == len({question.text for question in questions})
-    first = [question.category for question in questions[:8]]
-    assert len(set(first)) == 8
-    assert [question.category for question in questions] == first * (len(questions) // 8)
 
 
 def test_cross_asks_every_prompt_every_question_role_after_role(config: PersonasConfig) -> None:
@@ -116,8 +92,8 @@ def test_rollout_ids_survive_new_and_reordered_questions_and_roles(
     def ids() -> dict[tuple[str, int, str, int], str]:
         made = plan(
             PersonasConfig(
-                roles=write(folder / "roles.yaml", roles=roles),
-                questions=write(folder / "questions.yaml", questions=questions),
+                roles=(write(folder / "roles.yaml", roles=roles),),
+                questions=(write(folder / "questions.yaml", questions=questions),),
                 samples=2,
             )
         )
@@ -164,10 +140,11 @@ def test_rollout_ids_follow_rows_and_generation(config: PersonasConfig) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"only": ("ghots",)}, "personas.only: unknown role ghots. Known: default, ghost."),
+        ({"only": ("ghots",)}, "personas.only: 'ghots' is unknown. Did you mean ghost? `personaspace personas ls`"),
         ({"only": ("default",)}, "personas: `default` alone spans no space; use at least one more role."),
-        ({"roles": "no/such.yaml"}, "personas.roles: no/such.yaml does not exist; give `builtin`, a YAML file, or"),
-        ({"questions": "no/such.yaml"}, "personas.questions: no/such.yaml does not exist; give `builtin`, a YAML"),
+        ({"roles": ("no.yaml",)}, "personas.roles: no.yaml does not exist; give `builtin`, a YAML file, a folder"),
+        ({"questions": ("no.yaml",)}, "personas.questions: no.yaml does not exist; give `builtin`, a YAML file, a"),
+        ({"traits": ("no.yaml",)}, "personas.traits: no.yaml does not exist; give `builtin`, a YAML file, a folder"),
     ],
 )
 def test_refused_settings(config: PersonasConfig, change: dict[str, Any], message: str) -> None:
@@ -176,70 +153,42 @@ def test_refused_settings(config: PersonasConfig, change: dict[str, Any], messag
     assert str(error.value).startswith(message)
 
 
-@pytest.mark.parametrize(
-    ("document", "message"),
-    [
-        ({"roles": [role("ghost")]}, "personas.roles: no role `default`; the axis is measured against it, so add one."),
-        (
-            {"roles": [role("default"), role("ghost"), role("ghost")]},
-            "personas.roles: FILE: role id ghost appears more than once; each must be unique.",
-        ),
-        ({"personas": []}, "FILE: needs a list under `roles:`."),
-        (
-            {"roles": [role("default"), {"id": "ghost", "prompts": ["Haunt."]}]},
-            "FILE: roles[1] has ['id', 'prompts']; it needs exactly ['description', 'id', 'kind', 'prompts'].",
-        ),
-        ({"roles": ["ghost"]}, "FILE: roles[0] has 'ghost'; it needs exactly"),
-        ({"roles": [role("default") | {"id": 7}]}, "FILE: roles[0].id is 7; expected str."),
-        ({"roles": [role("ghost") | {"prompts": []}]}, "FILE: role 'ghost': prompts is []; give a list of at least"),
-        ({"roles": [role("ghost") | {"prompts": [1]}]}, "FILE: role 'ghost': prompts is [1]; give a list of at"),
-    ],
-)
-def test_refused_roles(tmp_path: Path, config: PersonasConfig, document: dict[str, Any], message: str) -> None:
-    file = write(tmp_path / "bad.yaml", **document)
-    with pytest.raises(InputError) as error:
-        plan(replace(config, roles=file))
-    assert str(error.value).startswith(message.replace("FILE", file))
+def test_a_plan_needs_default_and_questions(tmp_path: Path, config: PersonasConfig) -> None:
+    lonely = write(tmp_path / "lonely.yaml", roles=[role("ghost")])
+    with pytest.raises(InputError, match=r"personas\.roles: no role `default`; the axis is measured against it"):
+        plan(replace(config, roles=(lonely,)))
+    empty = write(tmp_path / "empty.yaml", questions=[])
+    with pytest.raises(InputError, match=r"personas\.questions: no questions in .*empty\.yaml; give at least one"):
+        plan(replace(config, questions=(empty,)))
 
 
-@pytest.mark.parametrize(
-    ("document", "message"),
-    [
-        ({"questions": []}, "personas.questions: FILE holds no questions; at least one is needed."),
-        ({"questions": [question("q0")] * 2}, "personas.questions: FILE: question id q0 appears more than once;"),
-        ({"questions": [{"id": "q0"}]}, "FILE: questions[0] has ['id']; it needs exactly ['category', 'id', 'text']."),
-        ({"questions": [question("q0") | {"text": None}]}, "FILE: questions[0].text is None; expected str."),
-    ],
-)
-def test_refused_questions(tmp_path: Path, config: PersonasConfig, document: dict[str, Any], message: str) -> None:
-    file = write(tmp_path / "bad.yaml", **document)
-    with pytest.raises(InputError) as error:
-        plan(replace(config, questions=file))
-    assert str(error.value).startswith(message.replace("FILE", file))
-
-
-@pytest.mark.parametrize("content", [b"roles: [", b"roles: \xff\n"])
-def test_refused_files(tmp_path: Path, content: bytes) -> None:
-    file = tmp_path / "bad.yaml"
-    file.write_bytes(content)
-    with pytest.raises(InputError, match=r"bad\.yaml: not (valid YAML|UTF-8 text)"):
-        load_roles(str(file))
-    with pytest.raises(InputError, match=r"bad\.yaml: not (valid YAML|UTF-8 text)"):
-        load_questions(str(file))
+def test_traits_are_asked_as_roles_are(tmp_path: Path, config: PersonasConfig) -> None:
+    calm, odd = ({"id": name, "positive": f"stay {name}", "negative": f"lose {name}"} for name in ("calm", "odd"))
+    frames = ["You {behaviour}.", "Always {behaviour}."]
+    file = write(tmp_path / "traits.yaml", frames=frames, traits=[calm, odd])
+    both = plan(replace(config, traits=(file,), max_questions=1))
+    assert [role.id for role in both.roles][2:] == ["calm.positive", "calm.negative", "odd.positive", "odd.negative"]
+    assert both.rows_per_role() == [3, 2, 2, 2, 2, 2]
+    assert both.rows[-1].messages[0] == {"role": "system", "content": "Always lose odd."}
+    assert [row.rollout_id for row in both.rows[:5]] == [
+        row.rollout_id for row in plan(replace(config, max_questions=1)).rows
+    ]
+    one = plan(replace(config, traits=(file,), only_traits=("odd",)))
+    assert [role.id for role in one.roles][2:] == ["odd.positive", "odd.negative"]
 
 
 def test_refuses_rows_that_say_the_same(tmp_path: Path, config: PersonasConfig) -> None:
     """Two prompts (or questions) with one text would give two rows with one rollout id, and one seed."""
     file = write(tmp_path / "same.yaml", roles=[role("default"), role("ghost", "Haunt.", "Haunt.")])
     with pytest.raises(InputError, match="more than once"):
-        plan(replace(config, roles=file))
+        plan(replace(config, roles=(file,)))
 
 
 def test_reads_assistant_axis_files(tmp_path: Path) -> None:
     for name in ("ghost", "default"):
         (tmp_path / f"{name}.json").write_text(json.dumps({"instruction": [{"pos": f"Be {name}."}, {"pos": ""}]}))
     (tmp_path / "questions.jsonl").write_text('{"question": "Who?", "id": 7}\n{"question": "Why?", "id": 9}\n')
-    made = plan(PersonasConfig(roles=str(tmp_path), questions=str(tmp_path / "questions.jsonl")))
+    made = plan(PersonasConfig(roles=(str(tmp_path),), questions=(str(tmp_path / "questions.jsonl"),)))
     assert [role.id for role in made.roles] == ["default", "ghost"]
     assert [question.id for question in made.questions] == ["aa7", "aa9"]
     assert len(made.rows) == 8

@@ -246,7 +246,7 @@ def test_description(root: LocalFolder) -> None:
         "run": f"{root.url}/a  (identity {summary.manifest.identity_hash})",
         "state": "writing",
         "model": "tiny, 5 layers x 3",
-        "planned": "10 rollouts: 3 roles, 3 questions",
+        "planned": "10 rollouts: 3 roles, 3 questions (catalogue 00bdacde23b79032)",
         "generated": "8/10 rollouts",
         "extracted": "10/10 rollouts (1 dropped)",
         "shards": "4/6 of resid_post_mean, 0/5 layers complete",

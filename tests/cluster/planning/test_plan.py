@@ -15,8 +15,9 @@ from personaspace.cluster.planning.fitting import HEADROOM, MicroBatchLoad, fit_
 from personaspace.cluster.planning.machines import GPUS, Device, GiB, Machines, Node, find_gpu, gpu_rates, parse_bytes
 from personaspace.cluster.planning.plan import RunPlan, plan_run
 from personaspace.cluster.planning.workload import expected_response
+from personaspace.extract.catalogue import Question, Role
 from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConfig
-from personaspace.extract.personas import PersonaPlan, PlannedRollout, Question, Role
+from personaspace.extract.personas import PersonaPlan, PlannedRollout
 from personaspace.extract.shape import ModelShape, shipped_shape
 from personaspace.store.config import StoreConfig
 from personaspace.store.errors import InputError

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from personaspace.store.errors import InputError
 from personaspace.store.formats.assistant_axis import (
+    Persona,
     Response,
     iter_responses,
     question_numbers,
+    read_personas,
     read_questions,
     read_responses,
-    read_roles,
     write_responses,
 )
 from personaspace.store.formats.assistant_axis_scores import write_scores
@@ -39,7 +40,10 @@ def test_roles_in_the_order_of_their_names(tmp_path: Path) -> None:
     (tmp_path / "poet.json").write_text(json.dumps({"instruction": [{"pos": "Write.", "neg": "Don't."}]}))
     ghost = {"instruction": [{"pos": "Haunt."}, {"pos": "Böo."}], "questions": ["Where?"], "eval_prompt": "{answer}"}
     (tmp_path / "ghost.json").write_text(json.dumps(ghost, ensure_ascii=False), encoding="utf-8")
-    assert read_roles(tmp_path) == [("ghost", ("Haunt.", "Böo.")), ("poet", ("Write.",))]
+    assert read_personas(tmp_path) == [
+        Persona(name="ghost", positive=("Haunt.", "Böo."), negative=(), judge="{answer}"),
+        Persona(name="poet", positive=("Write.",), negative=("Don't.",), judge=""),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -51,6 +55,8 @@ def test_roles_in_the_order_of_their_names(tmp_path: Path) -> None:
         (b'{"instruction": ["Haunt."]}', "every entry of `instruction` needs a text under `pos`."),
         (b'{"instruction": ', "not valid JSON: Expecting value"),
         (b'{"instruction": "\xff"}', "not valid JSON: 'utf-8' codec can't decode byte 0xff"),
+        (b'{"instruction": [{"pos": "A.", "neg": "B."}, {"pos": "C."}]}', "a trait needs a text under `neg` in every"),
+        (b'{"instruction": [{"pos": "A."}], "eval_prompt": 7}', "eval_prompt is 7; expected a text."),
         (b'[{"pos": "Haunt."}, {"pos": "Boo."}]', NEEDS),
     ],
 )
@@ -58,13 +64,13 @@ def test_refused_role_files(tmp_path: Path, content: bytes, message: str) -> Non
     file = tmp_path / "ghost.json"
     file.write_bytes(content)
     with pytest.raises(InputError) as error:
-        read_roles(tmp_path)
+        read_personas(tmp_path)
     assert str(error.value).startswith(f"{file}: {message}")
 
 
 def test_folder_without_roles(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no ROLE\.json files"):
-        read_roles(tmp_path)
+        read_personas(tmp_path)
 
 
 def test_questions(tmp_path: Path) -> None:
