@@ -17,8 +17,9 @@ from personaspace.cluster.tensor import load_causal_lm_parallel
 from personaspace.extract.chat import ChatFormat
 from personaspace.extract.checkpoint import Checkpoint
 from personaspace.extract.config import GenerateConfig, ModelConfig
+from personaspace.extract.generate.engine import Response
 from personaspace.extract.generate.noise import rollout_seed
-from personaspace.extract.generate.transformers_engine import Response, TransformersEngine, load_causal_lm
+from personaspace.extract.generate.transformers_engine import TransformersEngine, load_causal_lm
 from personaspace.extract.offload import Offload, load_causal_lm_offloaded
 from personaspace.extract.packing import DUMMY_TOKEN
 from personaspace.extract.personas import PlannedRollout

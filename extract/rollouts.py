@@ -8,8 +8,8 @@ import pyarrow as pa
 
 from personaspace.extract.chat import ChatFormat
 from personaspace.extract.config import GenerateConfig
+from personaspace.extract.generate.engine import Response
 from personaspace.extract.generate.noise import rollout_seed
-from personaspace.extract.generate.transformers_engine import Response
 from personaspace.extract.packing import MicroBatch, Segment, form_batches
 from personaspace.extract.personas import PlannedRollout
 from personaspace.extract.reductions import Readout

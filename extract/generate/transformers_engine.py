@@ -1,7 +1,6 @@
 """Generation with transformers: one whole model in this process, static batches, token ids in and out."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,18 +9,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 from personaspace.extract.chat import ChatFormat
 from personaspace.extract.checkpoint import Checkpoint
 from personaspace.extract.config import Dtype, GenerateConfig
+from personaspace.extract.generate.engine import FinishReason, Response
 from personaspace.extract.generate.noise import GumbelTopP
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Response:
-    """A sampled response."""
-
-    token_ids: list[int]
-    """Without the end-of-turn token."""
-    text: str
-    finish_reason: str
-    """`stop`: the model ended its turn; `length`: cut off at `max_new_tokens`."""
 
 
 def load_causal_lm(checkpoint: Checkpoint, *, dtype: Dtype, device: str = "cpu") -> PreTrainedModel:
@@ -83,7 +72,7 @@ class TransformersEngine:
     def _finish(self, token_ids: list[int]) -> Response:
         """Cut the response at its end of turn or stop string."""
         end = next((i for i, token in enumerate(token_ids) if token in self._stop_ids), len(token_ids))
-        finish_reason = "stop" if end < len(token_ids) else "length"
+        finish_reason: FinishReason = "stop" if end < len(token_ids) else "length"
         token_ids = token_ids[:end]
         for stop in self._chat.stop_strings:
             cut = self._chat.decode(token_ids).find(stop)

@@ -25,7 +25,8 @@ from personaspace.cluster.tensor import load_causal_lm_parallel, load_tensor_par
 from personaspace.extract.chat import ChatFormat
 from personaspace.extract.checkpoint import Checkpoint
 from personaspace.extract.config import Dtype, GenerateConfig, ModelConfig, Site
-from personaspace.extract.generate.transformers_engine import Response, TransformersEngine
+from personaspace.extract.generate.engine import Response
+from personaspace.extract.generate.transformers_engine import TransformersEngine
 from personaspace.extract.selfcheck import check_stage
 from personaspace.extract.slicing import Slice
 from personaspace.extract.stage import LayerHook, Stage

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from personaspace.extract.chat import ChatFormat, Message
 from personaspace.extract.config import GenerateConfig
+from personaspace.extract.generate.engine import Response
 from personaspace.extract.generate.noise import rollout_seed
-from personaspace.extract.generate.transformers_engine import Response
 from personaspace.extract.personas import PlannedRollout
 from personaspace.extract.reductions import Readout
 from personaspace.extract.rollouts import (

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 from personaspace.extract.chat import ChatFormat
 from personaspace.extract.checkpoint import resolve
 from personaspace.extract.config import GenerateConfig, ModelConfig
+from personaspace.extract.generate.engine import Response
 from personaspace.extract.generate.noise import rollout_seed
-from personaspace.extract.generate.transformers_engine import Response, TransformersEngine, load_causal_lm
+from personaspace.extract.generate.transformers_engine import TransformersEngine, load_causal_lm
 from tests.models import reciting_checkpoint, tiny_checkpoint
 
 CONFIG = GenerateConfig(max_new_tokens=24)
