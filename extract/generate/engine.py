@@ -1,0 +1,33 @@
+"""What every engine does: token ids in, token ids out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from personaspace.extract.config import GenerateConfig
+
+FinishReason = Literal["stop", "length"]
+"""`stop`: the model ended its turn; `length`: it was cut off at `max_new_tokens`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Response:
+    """A sampled response."""
+
+    token_ids: list[int]
+    """Without the end-of-turn token."""
+    text: str
+    finish_reason: FinishReason
+
+
+class Engine(Protocol):
+    """A model that samples responses."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: GenerateConfig
+    ) -> list[Response]:
+        """One response for each prompt (token ids), in order, each sampled with its own seed (63 bits).
+
+        ``config`` gives temperature, top-p and the longest response. The same prompt, seed and config give the same
+        response as far as the engine can promise it; each engine says how far that is.
+        """
