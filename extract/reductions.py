@@ -116,11 +116,20 @@ def _parse(spec: ArraySpec) -> tuple[Site, str]:
     raise InputError(f"array {spec.name}: no site of {', '.join(SITES)} in its name; it was not extracted here.")
 
 
+def token_range(reduction: str) -> tuple[int, int | None]:
+    """Tokens that `mean`, `last_prompt` or `first_K` sums, counted from the response's first: ``[first, stop)``.
+
+    None: up to its last.
+    """
+    if reduction == "last_prompt":
+        return -1, 0
+    first = _FIRST.fullmatch(reduction)
+    return 0, int(first[1]) if first else None
+
+
 def _segment(name: str, response: Span) -> Segment:
-    if name == "last_prompt":
-        return response.start - 1, response.start
-    first = _FIRST.fullmatch(name)
-    return response.start, min(response.start + int(first[1]), response.stop) if first else response.stop
+    first, stop = token_range(name)
+    return response.start + first, response.stop if stop is None else min(response.start + stop, response.stop)
 
 
 def _describe(name: str) -> str:

@@ -6,11 +6,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from personaspace.extract.anatomy import dissect
 from personaspace.extract.chat import ChatFormat
 from personaspace.extract.checkpoint import Checkpoint
 from personaspace.extract.config import Dtype, GenerateConfig
+from personaspace.extract.generate.capture import Capture
 from personaspace.extract.generate.engine import FinishReason, Response
 from personaspace.extract.generate.noise import GumbelTopP
+from personaspace.extract.pooling import Pooled
+from personaspace.extract.reductions import Readout
+from personaspace.extract.slicing import Slice
 
 
 def load_causal_lm(checkpoint: Checkpoint, *, dtype: Dtype, device: str = "cpu") -> PreTrainedModel:
@@ -22,10 +27,11 @@ def load_causal_lm(checkpoint: Checkpoint, *, dtype: Dtype, device: str = "cpu")
 
 
 class TransformersEngine:
-    """A causal language model that samples responses for batches of prompts.
+    """A causal language model that samples responses for batches of prompts (generate.engine.Engine).
 
-    ``device`` takes the prompts; weights may lie elsewhere. Where a gang of processes runs the model in lock-step,
-    ``agree`` makes the token ids (B,) that this process has sampled the same in all of them.
+    In float32 a response depends on its prompt, seed and settings alone; in bfloat16 on the batch, too. ``device``
+    takes the prompts; weights may lie elsewhere. Where a gang of processes runs the model in lock-step, ``agree`` makes
+    the token ids (B,) that this process has sampled the same in all of them.
     """
 
     def __init__(
@@ -40,17 +46,48 @@ class TransformersEngine:
         self._device = torch.device(device)
         self._model: Any = model
         self._agree = agree
+        self._capture: Capture | None = None
         self._stop_ids = _stop_ids(self._model.generation_config.eos_token_id, chat.tokenizer.eos_token_id)
         # Only these settings count: a checkpoint's own sampling defaults must not slip in.
         self._model.generation_config = GenerationConfig(
             eos_token_id=self._stop_ids or None, pad_token_id=next(iter(self._stop_ids), 0), do_sample=False
         )
 
-    @torch.inference_mode()
+    def slice(self, checkpoint: Checkpoint) -> Slice:
+        """Its decoder, all blocks, as extraction sees it."""
+        parts = dissect(self._model, checkpoint.layers)
+        return Slice(
+            first=0,
+            stop=checkpoint.layers,
+            hidden=checkpoint.hidden,
+            dtype=self._model.dtype,
+            device=self._device,
+            decoder=parts.decoder,
+            blocks=parts.blocks,
+            compiled=False,
+        )
+
+    def capture(self, model: Slice, readout: Readout, layers: Sequence[int]) -> None:
+        """From now on, read ``layers`` of its slice while generating. Raises InputError for what can't be read so."""
+        stops = self._chat.stop_strings
+        # No token holds less than a byte of a stop string.
+        remembered = max((len(stop.encode()) for stop in stops), default=0)
+        self._capture = Capture(model, readout, layers, stop_ids=self._stop_ids, remembered=remembered)
+
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: GenerateConfig
     ) -> list[Response]:
         """Sample one response per prompt (token ids), each with its own seed."""
+        return [response for response, _ in self.generate_captured(prompts, seeds, config)]
+
+    @torch.inference_mode()
+    def generate_captured(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: GenerateConfig
+    ) -> list[tuple[Response, Pooled | None]]:
+        """The same, with each response's sums ``(Z, L, S, D)``, as `capture` asked for.
+
+        None where nothing is captured, or not all of a response's tokens could be.
+        """
         length = max(len(prompt) for prompt in prompts)
         ids_BT = torch.zeros((len(prompts), length), dtype=torch.long)
         mask_BT = torch.zeros_like(ids_BT)
@@ -59,15 +96,24 @@ class TransformersEngine:
             mask_BT[row, length - len(prompt) :] = 1
         sampler = GumbelTopP(list(seeds), temperature=config.temperature, top_p=config.top_p, prompt_length=length)
         processors: list[LogitsProcessor] = [sampler] if self._agree is None else [sampler, _Agreed(self._agree)]
+        if self._capture is not None:
+            self._capture.begin(len(prompts), length)
+            processors.append(_Stepping(self._capture))
         stops = self._chat.stop_strings
         generated_BT = self._model.generate(
             input_ids=ids_BT.to(self._device),
             attention_mask=mask_BT.to(self._device),
-            max_new_tokens=config.max_new_tokens,
+            # Captured, the last token has to pass, too: what is sampled after it is thrown away.
+            max_new_tokens=config.max_new_tokens + (self._capture is not None),
             logits_processor=LogitsProcessorList(processors),
             **({"stop_strings": stops, "tokenizer": self._chat.tokenizer} if stops else {}),
         )
-        return [self._finish(row) for row in generated_BT[:, length:].tolist()]
+        sampled = generated_BT[:, length : length + config.max_new_tokens].tolist()
+        responses = [self._finish(token_ids) for token_ids in sampled]
+        if self._capture is None:
+            return [(response, None) for response in responses]
+        pooled = self._capture.finish([len(response.token_ids) for response in responses])
+        return list(zip(responses, pooled, strict=True))
 
     def _finish(self, token_ids: list[int]) -> Response:
         """Cut the response at its end of turn or stop string."""
@@ -82,6 +128,18 @@ class TransformersEngine:
                 while len(self._chat.decode(token_ids)) > cut:
                     token_ids = token_ids[:-1]
         return Response(token_ids=token_ids, text=self._chat.decode(token_ids), finish_reason=finish_reason)
+
+
+class _Stepping(LogitsProcessor):
+    """Tells the capture of every forward pass."""
+
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """``scores``, as they are."""
+        self._capture.step(input_ids)
+        return scores
 
 
 class _Agreed(LogitsProcessor):
