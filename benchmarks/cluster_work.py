@@ -25,8 +25,9 @@ from personaspace.cluster.generation import generate
 from personaspace.cluster.job import prepare
 from personaspace.cluster.replicas import loaded
 from personaspace.cluster.session import hold_run
+from personaspace.cluster.shards import UnitShards
 from personaspace.cluster.simulation.scenario import draw_lengths
-from personaspace.cluster.stages import Order, Ran, StageSpec, UnitShards
+from personaspace.cluster.stages import Order, Ran, StageSpec
 from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig
 from personaspace.store.commit import commit
 from personaspace.store.config import StoreConfig

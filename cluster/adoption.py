@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 
 from personaspace.cluster.job import Job
-from personaspace.cluster.stages import inspect_shard
+from personaspace.cluster.shards import inspect_shard
 from personaspace.cluster.window import span_rows
 from personaspace.store.commit import Inspect, adopt
 from personaspace.store.layout import ZARR_GROUP, shard_key

@@ -30,7 +30,8 @@ from personaspace.cluster.room import Workers, fit_in_flight
 from personaspace.cluster.schedule import UNCOMMITTED_WINDOWS, Schedule, Task
 from personaspace.cluster.session import share_cluster
 from personaspace.cluster.sharding import Share, extraction_actors, extraction_shares, load_each, load_gang
-from personaspace.cluster.stages import Order, Ran, StageActor, StageSpec, UnitShards
+from personaspace.cluster.shards import UnitShards
+from personaspace.cluster.stages import Order, Ran, StageActor, StageSpec
 from personaspace.cluster.supervisor import Supervisor
 from personaspace.cluster.window import WindowWork, load_window, response_tokens, span_rows
 from personaspace.store.errors import InputError
@@ -62,12 +63,20 @@ def extract(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> N
     shards = sum(len(spec.wanted_groups(job.layout)) for spec in job.manifest.arrays)
     missing = {unit: found for unit in range(job.layout.units) if (found := job.missing_shards(done, unit))}
     dropped = {row: why for record in coordinates.values() for row, why in record.dropped.items()}
-    for unit in range(job.layout.units):
+
+    def is_behind(unit: int) -> bool:
+        """Its shards are all there, and its coordinates don't say so."""
         record = coordinates.get((COORDINATES_RECORD, unit, 0))
         whole = record is not None and len(record.covers) >= shards
-        if unit not in missing and not (whole and (not job.parts or (SPAN_COORDINATES_RECORD, unit, 0) in done)):
-            rollouts = read_rollouts(job.folder, [unit])
-            dropped |= commit_coordinates(job, fence, unit, response_tokens(rollouts), span_rows(job, rollouts))
+        return unit not in missing and not (whole and (not job.parts or (SPAN_COORDINATES_RECORD, unit, 0) in done))
+
+    def catch_up(unit: int) -> dict[int, str]:
+        rollouts = read_rollouts(job.folder, [unit])
+        return commit_coordinates(job, fence, unit, response_tokens(rollouts), span_rows(job, rollouts))
+
+    with ThreadPoolExecutor(THREADS, "coordinates") as pool:
+        for reasons in pool.map(catch_up, filter(is_behind, range(job.layout.units))):
+            dropped |= reasons
     waiting = sum(len(job.layout.unit_row_range(unit)) for unit in missing)
     report(StepStarted(step="extract", rows=job.layout.rows, rows_done=job.layout.rows - waiting, dropped=dropped))
     if missing:

@@ -34,13 +34,14 @@ from personaspace.cluster.replicas import Formation, alive_nodes
 from personaspace.cluster.schedule import Schedule, Task
 from personaspace.cluster.session import share_cluster
 from personaspace.cluster.sharding import generation_actors, generation_sharding, load_each, load_gang, offload_of
+from personaspace.cluster.shards import ShardWriter
 from personaspace.cluster.supervisor import Supervisor
 from personaspace.extract.chat import ChatFormat
 from personaspace.store.commit import adopt
 from personaspace.store.errors import InputError
 from personaspace.store.layout import rollouts_key
 from personaspace.store.lease import Fence
-from personaspace.store.records import ROLLOUTS, Slot, read_slots
+from personaspace.store.records import ROLLOUTS, Agreement, Slot, read_slots
 
 UNCOMMITTED_BATCHES = 2
 """Sampled batches of a generator that may wait to be stored."""
@@ -102,6 +103,7 @@ def _sample(job: Job, fence: Fence, cluster: ClusterConfig, missing: set[int], r
             rank=rank,
             ranks=actors,
             offload=offload_of(cluster, workers.device) if sharding == "offload" else None,
+            capture=_writer(job, fence) if job.generate.capture else None,
             device=workers.device,
             threads=workers.threads,
         )
@@ -120,6 +122,30 @@ def _sample(job: Job, fence: Fence, cluster: ClusterConfig, missing: set[int], r
     threads = f"{workers.threads} thread(s) each, on {workers.device}"
     report(Note(text=f"generate: replicas of {actors} ({sharding}), {threads}"))
     Supervisor("generate", schedule, formation, work, cluster, report, patience=job.store.patience).run()
+    if work.agreement:
+        report(Note(text=describe_agreement(work.agreement)))
+
+
+def _writer(job: Job, fence: Fence) -> ShardWriter:
+    """What writes the shards of activations that are captured."""
+    arrays = job.manifest.arrays
+    return ShardWriter(
+        fence=fence,
+        layout=job.layout,
+        arrays=arrays,
+        layers=tuple(sorted({layer for spec in arrays for layer in spec.wanted_layers(job.layout)})),
+        spans_per_rollout=job.manifest.spans_per_rollout,
+        precision=job.store.precision,
+    )
+
+
+def describe_agreement(sampled: Sequence[Agreement]) -> str:
+    """What a sample says of activations that were captured."""
+    cosine, relative = min(each.cosine for each in sampled), max(each.relative for each in sampled)
+    return (
+        f"generate: activations captured. {len({each.row for each in sampled})} rollouts ran again whole, and agree: "
+        f"cosine at least {cosine:.6f}, difference at most {relative:.2%}"
+    )
 
 
 class Generation:
@@ -128,6 +154,8 @@ class Generation:
     def __init__(self, job: Job, batches: Sequence[tuple[int, ...]], missing: set[int], report: Report) -> None:
         self._job, self._batches, self._missing, self._report = job, batches, missing, report
         self._open: dict[int, tuple[UnitPlan, ...]] = {}
+        self.agreement: list[Agreement] = []
+        """Of what was captured in this session."""
 
     def open_window(self, window: int) -> list[int]:
         """Plan the batch; returns how many rollouts it has."""
@@ -171,6 +199,7 @@ class Generation:
         [stored] = answers
         self._report(Worked(step="generate", replica=replica, batch=f"batch {window}", busy=(stored.busy,)))
         self._report(Committed(rows=stored.rows, dropped=stored.dropped))
+        self.agreement += stored.agreement
         return ()
 
 
@@ -185,5 +214,18 @@ def unit_plan(job: Job, unit: int, missing: set[int]) -> UnitPlan:
             f"{job.plan.roles[unknown[0].role_id].id!r}) belong to this run, are not generated yet, and are not in the "
             "config. Give a config that has their roles, prompts and questions."
         )
-    generation = job.redo.get((ROLLOUTS, unit, 0), 0)
-    return UnitPlan(unit=unit, rows=rows, roles=roles, committed=unit not in missing, generation=generation)
+    return UnitPlan(
+        unit=unit,
+        rows=rows,
+        roles=roles,
+        committed=unit not in missing,
+        generation=job.redo.get((ROLLOUTS, unit, 0), 0),
+        shards=_captured_shards(job, unit) if unit in missing else (),
+    )
+
+
+def _captured_shards(job: Job, unit: int) -> tuple[tuple[str, int], ...]:
+    """What is captured of a unit whose rollouts are made: all shards, but in a repair, which replays."""
+    if not job.generate.capture or job.redo:
+        return ()
+    return job.missing_shards({}, unit)

@@ -8,11 +8,13 @@ from functools import partial
 import ray
 import torch
 
+from personaspace.cluster.capturing import CapturedUnit, Capturing
 from personaspace.cluster.config import Generation
 from personaspace.cluster.events import Busy, Loaded
 from personaspace.cluster.faults import explain
 from personaspace.cluster.replicas import loaded
 from personaspace.cluster.sharding import Member
+from personaspace.cluster.shards import ShardWriter
 from personaspace.cluster.tensor import load_causal_lm_parallel
 from personaspace.extract.chat import ChatFormat
 from personaspace.extract.checkpoint import Checkpoint
@@ -23,12 +25,13 @@ from personaspace.extract.generate.transformers_engine import TransformersEngine
 from personaspace.extract.offload import Offload, load_causal_lm_offloaded
 from personaspace.extract.packing import DUMMY_TOKEN
 from personaspace.extract.personas import PlannedRollout
+from personaspace.extract.pooling import Pooled
 from personaspace.extract.rollouts import generated_rollout, imported_rollout, quarantined_rollout
 from personaspace.store.commit import commit
 from personaspace.store.errors import IntegrityError
 from personaspace.store.layout import rollouts_key
 from personaspace.store.lease import Fence
-from personaspace.store.records import ROLLOUTS
+from personaspace.store.records import ROLLOUTS, Agreement, Record, describe
 from personaspace.store.rollouts import Rollout, decode_rollouts, encode_rollouts
 
 
@@ -44,6 +47,8 @@ class UnitPlan:
     """It is there already; its rows only fill the batch, so that the others come out the same as before."""
     generation: int = 0
     """Of the record to write; above 0 in a repair."""
+    shards: tuple[tuple[str, int], ...] = ()
+    """(array's name in records, layer group) of what is captured and written with it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +80,8 @@ class Stored:
     """Rows of the units that this batch committed."""
     dropped: Mapping[int, str]
     """Row -> reason."""
+    agreement: tuple[Agreement, ...]
+    """Of the units that were captured: how near a sample of each comes to a replay, at its worst layers."""
     busy: Busy
 
 
@@ -91,6 +98,8 @@ class GeneratorSpec:
     """In a gang; else 0."""
     ranks: int
     offload: Offload | None
+    capture: ShardWriter | None
+    """Writes what is captured; None where nothing is."""
     device: str
     threads: int
 
@@ -103,8 +112,8 @@ class Generator(Member):
         torch.set_num_threads(spec.threads)
         self._spec = spec
         self._chat = ChatFormat(spec.checkpoint, spec.model)
-        self._sampled: dict[int, list[tuple[UnitPlan, list[Rollout]]]] = {}
-        """Window -> its units' rollouts, until they are committed."""
+        self._sampled: dict[int, list[tuple[UnitPlan, list[Rollout], CapturedUnit | None]]] = {}
+        """Window -> its units' rollouts and what was captured of them, until they are committed."""
 
     def load(self, meeting: str = "") -> Loaded:
         """Load the model. ``meeting``: of a gang."""
@@ -118,6 +127,7 @@ class Generator(Member):
         else:
             model = load_causal_lm(spec.checkpoint, dtype=dtype, device=spec.device)
         self._engine = TransformersEngine(model, self._chat, device=spec.device, agree=agree)
+        self._capturing = spec.capture and Capturing(self._engine, spec.checkpoint, spec.capture)
         return loaded(begin)
 
     def generate(self, order: Order) -> Sampled:
@@ -129,19 +139,34 @@ class Generator(Member):
             for place in order.left_out:
                 prompts[place] = [DUMMY_TOKEN] * len(prompts[place])
             seeds = [rollout_seed(self._spec.config.seed, row.rollout_id) for row in planned]
-            responses = self._engine.generate(prompts, seeds, self._spec.config)
+            sampled = self._engine.generate_captured(prompts, seeds, self._spec.config)
+            responses = [response for response, _ in sampled]
+            replayed: dict[int, Pooled] = {}
+            if self._capturing and not order.trial:
+                # In a gang all ranks have to take part.
+                places = _one_of_each(order.units, responses)
+                replayed = self._capturing.replay(
+                    {planned[place].row: (prompts[place], responses[place]) for place in places}
+                )
             if not order.trial and self._spec.rank == 0:
-                self._keep(order, prompts, responses)
+                self._keep(order, prompts, sampled, replayed)
         tokens = sum(len(response.token_ids) for response in responses)
         return Sampled(tokens=tokens, busy=Busy(activity="generate", start=begin, stop=time.time()))
 
-    def _keep(self, order: Order, prompts: Sequence[list[int]], responses: Sequence[Response]) -> None:
-        made = iter(enumerate(zip(prompts, responses, strict=True)))
+    def _keep(
+        self,
+        order: Order,
+        prompts: Sequence[list[int]],
+        sampled: Sequence[tuple[Response, Pooled | None]],
+        replayed: Mapping[int, Pooled],
+    ) -> None:
+        made = iter(enumerate(zip(prompts, sampled, strict=True)))
         kept = self._sampled[order.window] = []
         for unit in order.units:
-            rollouts = []
+            rollouts, captured = [], []
             for row, role in zip(unit.rows, unit.roles, strict=True):
-                place, (prompt, response) = next(made)
+                place, (prompt, (response, pooled)) = next(made)
+                captured.append(pooled)
                 if place in order.left_out:
                     reason = order.left_out[place]
                     rollouts.append(quarantined_rollout(row, role, chat=self._chat, reason=reason))
@@ -157,7 +182,8 @@ class Generator(Member):
                         max_positions=self._spec.checkpoint.max_positions,
                     )
                 )
-            kept.append((unit, rollouts))
+            means = self._capturing.keep(rollouts, captured, replayed) if self._capturing else None
+            kept.append((unit, rollouts, means))
 
     @ray.method(concurrency_group="store")
     def commit(self, window: int) -> Stored:
@@ -165,12 +191,34 @@ class Generator(Member):
         begin = time.time()
         rows = 0
         dropped: dict[int, str] = {}
-        for unit, rollouts in self._sampled.pop(window):
-            if not unit.committed:
-                commit_rollouts(self._spec.fence, unit, rollouts)
-                rows += len(rollouts)
-                dropped |= drops(rollouts)
-        return Stored(rows=rows, dropped=dropped, busy=Busy(activity="commit", start=begin, stop=time.time()))
+        agreement: list[Agreement] = []
+        for unit, rollouts, captured in self._sampled.pop(window):
+            if unit.committed:
+                continue
+            record = commit_rollouts(self._spec.fence, unit, rollouts)
+            # A part that was there already may hold other tokens, and a replay has to read those.
+            own = record.objects[0].sha256 == describe(record.objects[0].key, encode_rollouts(rollouts)).sha256
+            if self._capturing and captured and own:
+                self._capturing.commit(unit.unit, unit.shards, captured, record)
+                agreement += captured.agreement.values()
+            rows += len(rollouts)
+            dropped |= drops(rollouts)
+        busy = Busy(activity="commit", start=begin, stop=time.time())
+        return Stored(rows=rows, dropped=dropped, agreement=tuple(agreement), busy=busy)
+
+
+def _one_of_each(units: Sequence[UnitPlan], responses: Sequence[Response]) -> list[int]:
+    """Place in the batch of a row with a response, of each unit that is to be stored, where there is one."""
+    places = []
+    first = 0
+    for unit in units:
+        size = len(unit.rows)
+        # Not the first of each: those have the same prompt and question.
+        order = [first + (unit.unit + offset) % size for offset in range(size)]
+        said = [place for place in order if responses[place].token_ids]
+        places += said[:1] if unit.shards else []
+        first += size
+    return places
 
 
 def import_unit(fence: Fence, unit: UnitPlan, chat: ChatFormat, max_positions: int | None) -> list[Rollout]:
@@ -183,9 +231,9 @@ def import_unit(fence: Fence, unit: UnitPlan, chat: ChatFormat, max_positions: i
     return rollouts
 
 
-def commit_rollouts(fence: Fence, unit: UnitPlan, rollouts: Sequence[Rollout]) -> None:
+def commit_rollouts(fence: Fence, unit: UnitPlan, rollouts: Sequence[Rollout]) -> Record:
     """Publish a unit's rollouts as one Parquet part. A valid part that is already there wins."""
-    commit(
+    return commit(
         fence,
         (ROLLOUTS, unit.unit, 0),
         {rollouts_key(unit.unit): encode_rollouts(rollouts)},

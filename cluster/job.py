@@ -13,6 +13,7 @@ from personaspace.extract.catalogue import Question, Role
 from personaspace.extract.chat import ChatFormat
 from personaspace.extract.checkpoint import Checkpoint, resolve
 from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig
+from personaspace.extract.generate.capture import check_capturable
 from personaspace.extract.growth import Change, StoredPlan, continue_plan
 from personaspace.extract.packing import chooses_packed, windows
 from personaspace.extract.personas import PersonaPlan, PlannedRollout, plan_imported, plan_personas
@@ -158,8 +159,9 @@ def prepare(
             "micro_batch_tokens": extract.micro_batch_tokens,
             "window_rows": extract.window_rows,
             "generate_batch_rows": generate.batch_rows,
-            # Only where it is so: runs from before there was this setting stay the same.
+            # Only where they are so: runs from before there were these settings stay the same.
             **({"compiled": True} if extract.compile else {}),
+            **({"captured": True} if generate.capture else {}),
         },
         "store": {
             "layers": layout.layers,
@@ -180,6 +182,8 @@ def prepare(
     arrays = existing.arrays if existing and keep else merge_arrays(existing, extract, layout, store.grow, folder.url)
     if extract.compile:
         check_compilable(Readout.of_arrays(arrays).sites)
+    if generate.capture:
+        check_capturable(Readout.of_arrays(arrays))
     manifest = Manifest(
         identity=identity,
         layout=layout,
@@ -211,6 +215,8 @@ def plan_rollouts(personas: PersonasConfig, generate: GenerateConfig, model_name
     if generate.responses is None:
         generation = json.dumps(_generation(generate), sort_keys=True)
         return plan_personas(personas, model_name=model_name, generation=generation)
+    if generate.capture:
+        raise InputError("generate.capture: nothing is generated with generate.responses. Remove one of the two.")
     folder = Path(generate.responses).expanduser()
     if not folder.is_dir():
         raise InputError(

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,10 @@ from personaspace.cluster.events import Busy, Loaded
 from personaspace.cluster.faults import explain
 from personaspace.cluster.replicas import loaded
 from personaspace.cluster.sharding import Member, Share
+from personaspace.cluster.shards import ShardWriter, UnitShards
 from personaspace.cluster.tensor import load_tensor_parallel
 from personaspace.extract.checkpoint import Checkpoint
-from personaspace.extract.collect import Expected, WindowBuffer, inspect_shard_values, shard_values
+from personaspace.extract.collect import WindowBuffer
 from personaspace.extract.config import Attention, Dtype
 from personaspace.extract.offload import load_offloaded
 from personaspace.extract.packing import MicroBatch
@@ -25,11 +25,10 @@ from personaspace.extract.reductions import Readout
 from personaspace.extract.selfcheck import check_stage
 from personaspace.extract.slicing import load_slice
 from personaspace.extract.stage import Stage
-from personaspace.store.commit import commit
 from personaspace.store.config import Precision
-from personaspace.store.layout import Layout, shard_key
+from personaspace.store.layout import Layout
 from personaspace.store.lease import Fence
-from personaspace.store.schema import ArraySpec, decode_shard, encode_shard
+from personaspace.store.schema import ArraySpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,23 +53,6 @@ class StageSpec:
     threads: int
     direct: bool
     """Hidden states go from device to device, not through the object store."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UnitShards:
-    """Shards of one unit that a stage has to commit."""
-
-    unit: int
-    shards: tuple[tuple[str, int], ...]
-    """(array's name in records, layer group) of this stage's shards without a record."""
-    dropped: Mapping[int, str]
-    """Rows that were dropped before extraction, with reasons."""
-    expected: Mapping[int, Expected]
-    """What every other row was extracted from."""
-    source: str
-    """SHA-256 of the rollouts that were run."""
-    redo: Mapping[tuple[str, int], int]
-    """Shard -> generation of the record to write, where it is not 0: in a repair."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +100,14 @@ class StageActor(Member):
         torch.set_num_threads(spec.threads)
         self._spec = spec
         self._readout = Readout.of_arrays(spec.arrays)
-        self._places = {place.spec.record: place for place in self._readout.places(spec.arrays)}
+        self._writer = ShardWriter(
+            fence=spec.fence,
+            layout=spec.layout,
+            arrays=spec.arrays,
+            layers=spec.layers,
+            spans_per_rollout=spec.spans_per_rollout,
+            precision=spec.precision,
+        )
         self._windows: dict[int, WindowBuffer] = {}
 
     def load(self, meeting: str = "") -> Loaded:
@@ -195,67 +184,8 @@ class StageActor(Member):
         buffer = self._windows.pop(window, WindowBuffer())
         for unit in units:
             if unit.shards:
-                self._commit_unit(unit, buffer)
+                self._writer.commit(unit, buffer.means(unit.expected), split=buffer.split)
         return Busy(activity="commit", start=begin, stop=time.time())
-
-    def _commit_unit(self, unit: UnitShards, buffer: WindowBuffer) -> None:
-        spec, layout = self._spec, self._spec.layout
-        rows = layout.unit_row_range(unit.unit)
-        means = buffer.means(unit.expected)
-        for array, group in unit.shards:
-            place = self._places[array]
-            capacity = spec.spans_per_rollout if place.spec.spans else 1
-            own = layout.of_spans(capacity) if place.spec.spans else layout
-            layers = layout.group_layers(group)
-            first = spec.layers.index(layers.start)
-            values, dropped = shard_values(
-                means,
-                place,
-                slice(first, first + len(layers)),
-                first_row=rows.start,
-                shape=(own.unit_rows, len(layers), own.hidden),
-                capacity=capacity,
-            )
-            used = {row: len(e.counts) - len(self._readout.reductions) for row, e in unit.expected.items()}
-            commit(
-                spec.fence,
-                (array, unit.unit, group),
-                {shard_key(place.spec.path, unit.unit, group): encode_shard(values, own, spec.precision)},
-                rows=rows,
-                dropped={**unit.dropped, **dropped},
-                source=unit.source,
-                split=tuple(sorted(buffer.split & set(rows))),
-                generation=unit.redo.get((array, group), 0),
-                inspect=partial(
-                    inspect_shard, layout, place.spec, spec.spans_per_rollout, unit.unit, group, unit.dropped, used
-                ),
-            )
-
-
-def inspect_shard(
-    layout: Layout,
-    spec: ArraySpec,
-    spans_per_rollout: int,
-    unit: int,
-    group: int,
-    dropped: Mapping[int, str],
-    used: Mapping[int, int],
-    data: bytes,
-) -> dict[int, str]:
-    """Dropped rows of a shard found without a record. Raises IntegrityError if it is not this unit's, whole.
-
-    ``used``: how many spans each rollout has, for an array of spans.
-    """
-    capacity = spans_per_rollout if spec.spans else 1
-    own = layout.of_spans(capacity) if spec.spans else layout
-    return inspect_shard_values(
-        decode_shard(data, own, len(layout.group_layers(group))),
-        first_row=layout.unit_slice(unit).start,
-        known_dropped=dropped,
-        planned=layout.unit_row_range(unit),
-        used=used if spec.spans else None,
-        capacity=capacity,
-    )
 
 
 def to_wire(h_BTD: torch.Tensor) -> NDArray[Any]:

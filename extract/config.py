@@ -86,6 +86,8 @@ class GenerateConfig:
     """Seed of the run; each rollout derives its own from this and its id."""
     batch_rows: Annotated[int, Ge(1)] = 64
     """Rollouts decoded together, rounded to whole units."""
+    capture: bool = False
+    """Read the activations while generating, in place of a second pass: `mean`, `last_prompt` and `first_K` only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from personaspace.store.errors import IntegrityError, LeaseError
 from personaspace.store.lease import Fence
-from personaspace.store.records import Record, Slot, StoredObject, describe, read_object, read_record
+from personaspace.store.records import Agreement, Record, Slot, StoredObject, describe, read_object, read_record
 
 Inspect = Callable[[bytes], Mapping[int, str]]
 """Decodes found bytes and returns their dropped rows with reasons; raises IntegrityError to refuse them."""
@@ -28,6 +28,7 @@ def commit(
     source: str | None = None,
     covers: tuple[str, ...] = (),
     split: tuple[int, ...] = (),
+    agreement: Agreement | None = None,
     generation: int = 0,
     inspect: Inspect | None = None,
 ) -> Record:
@@ -50,7 +51,9 @@ def commit(
             dropped, adopted = reasons, True
         stored.append(describe(key, kept))
     record = _record(fence, slot, stored, rows=rows, dropped=dropped, source=source, generation=generation)
-    return _publish_record(fence, replace(record, covers=covers, split=split, adopted=adopted))
+    return _publish_record(
+        fence, replace(record, covers=covers, split=split, agreement=None if adopted else agreement, adopted=adopted)
+    )
 
 
 def adopt(

@@ -39,6 +39,18 @@ class StoredObject:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Agreement:
+    """How near activations that were captured while generating come to a replay, in one rollout, at worst."""
+
+    row: int
+    """Of the rollout that was run again, whole."""
+    cosine: float
+    """Least cosine of the two means of a layer."""
+    relative: float
+    """Largest difference of the two, relative to the replay's norm."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
     """One committed piece: a shard, a unit's coordinates, its rollouts, or its scores."""
 
@@ -58,6 +70,8 @@ class Record:
     """For coordinates: the records, as `array.group`, that were complete and vouch for the unit's status."""
     split: tuple[int, ...] = ()
     """Rows whose micro-batch ran in parts, since memory ran out: equal to a run in one part within rounding only."""
+    agreement: Agreement | None = None
+    """Of a shard that was captured while generating; None for one that was read in a pass of its own."""
     writer: str
     epoch: int
     """Lease epoch under which it was written."""
@@ -86,6 +100,8 @@ class Record:
             raw["covers"] = tuple(raw["covers"])
             raw["split"] = tuple(raw["split"])
             raw["objects"] = tuple(StoredObject(**stored) for stored in raw["objects"])
+            if raw.get("agreement") is not None:
+                raw["agreement"] = Agreement(**raw["agreement"])
             raw["dropped"] = {int(row): reason for row, reason in raw["dropped"].items()}
             return cls(**raw)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
