@@ -183,7 +183,7 @@ def prepare(
     if extract.compile:
         check_compilable(Readout.of_arrays(arrays).sites)
     if generate.capture:
-        check_capturable(Readout.of_arrays(arrays))
+        check_capturable(Readout.of_arrays(arrays), generate)
     manifest = Manifest(
         identity=identity,
         layout=layout,
@@ -247,6 +247,8 @@ def _generation(generate: GenerateConfig) -> dict[str, Any]:
         "temperature": generate.temperature,
         "top_p": generate.top_p,
         "seed": generate.seed,
+        # Only where it is so: rollouts from before there was this setting keep their ids.
+        **({"batching": generate.batching} if generate.batching != "static" else {}),
     }
 
 

@@ -75,6 +75,11 @@ def load_gang(actors: Sequence[Any]) -> list[Any]:
 def check_sharding(job: Job, cluster: ClusterConfig) -> None:
     """Raise InputError for settings that can't be, before any work."""
     extraction_shares(job, cluster, cluster.stages or 1 if cluster.sharding == "pipeline" else 1)
+    if job.generate.batching == "continuous" and generation_sharding(cluster) != "whole":
+        raise InputError(
+            f"generate.batching: continuous needs the whole model on one device, not {generation_sharding(cluster)}. Use "
+            "static, or cluster.generation whole."
+        )
     if job.extract.compile and cluster.sharding != "pipeline":
         raise InputError(
             f"extract.compile: not with cluster.sharding {cluster.sharding}, which changes the blocks. Use one of the "

@@ -86,6 +86,9 @@ class GenerateConfig:
     """Seed of the run; each rollout derives its own from this and its id."""
     batch_rows: Annotated[int, Ge(1)] = 64
     """Rollouts decoded together, rounded to whole units."""
+    batching: Literal["static", "continuous"] = "static"
+    """`static`: a batch is decoded until its last response is finished. `continuous`: a response that is finished makes
+    room for the next at once; for GPUs and large batches."""
     capture: bool = False
     """Read the activations while generating, in place of a second pass: `mean`, `last_prompt` and `first_K` only."""
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from personaspace.extract.anatomy import states_of
+from personaspace.extract.config import GenerateConfig
 from personaspace.extract.pooling import HostCopy, Pooled
 from personaspace.extract.reductions import Readout, token_range
 from personaspace.extract.sites import INNER_SITES, Addition, find_additions
@@ -25,8 +26,10 @@ _PROBE = 6
 """Tokens."""
 
 
-def check_capturable(readout: Readout) -> None:
+def check_capturable(readout: Readout, config: GenerateConfig) -> None:
     """Raise InputError for what can't be read while generating: parts of turns are known only afterwards."""
+    if config.batching != "static":
+        raise InputError("generate.capture: only with static batching. Leave one of the two out.")
     if readout.parts:
         raise InputError(
             "generate.capture: the reductions `turns` and `parts` need finished responses. Leave generate.capture out, "
@@ -61,7 +64,6 @@ class Capture:
     def __init__(
         self, model: Slice, readout: Readout, layers: Sequence[int], *, stop_ids: Sequence[int], remembered: int = 0
     ) -> None:
-        check_capturable(readout)
         self._model, self._readout, self._layers = model, readout, tuple(layers)
         self._tokens = [_Tokens(*token_range(name)) for name in readout.reductions]
         self._stop_ids, self._remembered = list(stop_ids), remembered

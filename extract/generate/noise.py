@@ -22,9 +22,9 @@ def rollout_seed(seed: int, rollout_id: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def gumbel(seed_B: torch.Tensor, step: int, token_BK: torch.Tensor) -> torch.Tensor:
+def gumbel(seed_B: torch.Tensor, step_B: torch.Tensor, token_BK: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel noise ``(B, K)`` float32 for candidate tokens, from SplitMix64 over (seed, step, token)."""
-    state_BK = _splitmix(seed_B[:, None] + _signed(_GOLDEN * (step + 1)))
+    state_BK = _splitmix((seed_B + _signed(_GOLDEN) * (step_B + 1))[:, None])
     state_BK = _splitmix(state_BK + _signed(_GOLDEN) * (token_BK + 1))
     uniform_BK = (_shift(state_BK, 11).double() + 0.5) * 2.0**-53
     return (-(-uniform_BK.log()).log()).float()
@@ -45,11 +45,19 @@ class GumbelTopP(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores ``(B, V)`` whose argmax is the sampled token."""
-        logits_BV = scores.float() / self._temperature
-        logit_BK, token_BK = nucleus(logits_BV, self._top_p)
-        step = input_ids.shape[1] - self._prompt_length
-        noise_BK = gumbel(self._seeds.to(token_BK.device), step, token_BK)
-        return torch.full_like(logits_BV, -torch.inf).scatter_(1, token_BK, logit_BK + noise_BK)
+        seed_B = self._seeds.to(scores.device)
+        step_B = torch.full_like(seed_B, input_ids.shape[1] - self._prompt_length)
+        return noisy(scores, seed_B, step_B, temperature=self._temperature, top_p=self._top_p)
+
+
+def noisy(
+    logits_BV: torch.Tensor, seed_B: torch.Tensor, step_B: torch.Tensor, *, temperature: float, top_p: float
+) -> torch.Tensor:
+    """Scores ``(B, V)`` whose argmax is each row's sampled token number ``step_B``."""
+    logits_BV = logits_BV.float() / temperature
+    logit_BK, token_BK = nucleus(logits_BV, top_p)
+    noise_BK = gumbel(seed_B, step_B, token_BK)
+    return torch.full_like(logits_BV, -torch.inf).scatter_(1, token_BK, logit_BK + noise_BK)
 
 
 def nucleus(logits_BV: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:

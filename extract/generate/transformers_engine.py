@@ -11,6 +11,7 @@ from personaspace.extract.chat import ChatFormat
 from personaspace.extract.checkpoint import Checkpoint
 from personaspace.extract.config import Dtype, GenerateConfig
 from personaspace.extract.generate.capture import Capture
+from personaspace.extract.generate.continuous import sample_continuously
 from personaspace.extract.generate.engine import FinishReason, Response
 from personaspace.extract.generate.noise import GumbelTopP
 from personaspace.extract.pooling import Pooled
@@ -88,6 +89,9 @@ class TransformersEngine:
 
         None where nothing is captured, or not all of a response's tokens could be.
         """
+        if config.batching == "continuous":
+            sampled = sample_continuously(self._model, prompts, seeds, config, self._model.generation_config)
+            return [(self._finish(token_ids), None) for token_ids in sampled]
         length = max(len(prompt) for prompt in prompts)
         ids_BT = torch.zeros((len(prompts), length), dtype=torch.long)
         mask_BT = torch.zeros_like(ids_BT)

@@ -147,4 +147,6 @@ def test_in_bfloat16_it_is_what_a_replay_gives_within_its_rounding(tmp_path: Pat
 def test_what_is_known_only_afterwards_is_refused() -> None:
     readout = Readout.of_arrays(plan_arrays(("resid_post",), ("mean", "turns"), None))
     with pytest.raises(InputError, match=r"generate\.capture: the reductions `turns` and `parts` need finished"):
-        check_capturable(readout)
+        check_capturable(readout, CONFIG)
+    with pytest.raises(InputError, match=r"generate\.capture: only with static batching"):
+        check_capturable(MEAN, GenerateConfig(batching="continuous"))

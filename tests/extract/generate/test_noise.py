@@ -43,7 +43,7 @@ def test_noise_is_splitmix64_of_seed_step_and_token(seed: int, step: int, token:
     state = splitmix((seed + 0x9E3779B97F4A7C15 * (step + 1)) & MASK)
     state = splitmix((state + 0x9E3779B97F4A7C15 * (token + 1)) & MASK)
     expected = -math.log(-math.log(((state >> 11) + 0.5) * 2.0**-53))
-    noise = gumbel(torch.tensor([seed]), step, torch.tensor([[token]]))
+    noise = gumbel(torch.tensor([seed]), torch.tensor([step]), torch.tensor([[token]]))
     assert noise.item() == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
@@ -51,12 +51,14 @@ def test_noise_is_splitmix64_of_seed_step_and_token(seed: int, step: int, token:
 def test_noise_is_gumbel_and_uncorrelated(axis: str) -> None:
     count = 100_000
     if axis == "seeds":
-        noise = gumbel(torch.arange(count), 0, torch.zeros(count, 1, dtype=torch.long))
+        noise = gumbel(
+            torch.arange(count), torch.zeros(count, dtype=torch.long), torch.zeros(count, 1, dtype=torch.long)
+        )
     elif axis == "tokens":
-        noise = gumbel(torch.tensor([7]), 0, torch.arange(count)[None])
+        noise = gumbel(torch.tensor([7]), torch.tensor([0]), torch.arange(count)[None])
     else:
         token_BK = torch.arange(100)[None]
-        noise = torch.cat([gumbel(torch.tensor([7]), step, token_BK) for step in range(count // 100)])
+        noise = torch.cat([gumbel(torch.tensor([7]), torch.tensor([step]), token_BK) for step in range(count // 100)])
     values = noise.flatten().double().numpy()
     assert noise.dtype == torch.float32
     assert stats.kstest(values, "gumbel_r").pvalue > 0.01
