@@ -77,8 +77,8 @@ def check_sharding(job: Job, cluster: ClusterConfig) -> None:
     extraction_shares(job, cluster, cluster.stages or 1 if cluster.sharding == "pipeline" else 1)
     if job.generate.batching == "continuous" and generation_sharding(cluster) != "whole":
         raise InputError(
-            f"generate.batching: continuous needs the whole model on one device, not {generation_sharding(cluster)}. Use "
-            "static, or cluster.generation whole."
+            "generate.batching: continuous needs the whole model on one device, and cluster.generation is "
+            f"{generation_sharding(cluster)}. Use static, or cluster.generation whole."
         )
     if job.extract.compile and cluster.sharding != "pipeline":
         raise InputError(

@@ -38,9 +38,7 @@ def sample_continuously(
     On GPUs as many run at once as their memory holds; on CPUs all. Raises WorkerError for requests that failed.
     """
     if len(prompts) > _ROWS:
-        raise WorkerError(
-            f"continuous batching takes at most {_ROWS} rollouts at once; use a smaller generate.batch_rows."
-        )
+        raise WorkerError(f"generate.batch_rows: {len(prompts)} rollouts at once; continuous batching takes {_ROWS}.")
     sampler = _Sampler({str(row): (row, len(prompt)) for row, prompt in enumerate(prompts)}, seeds, config)
     manager = model.init_continuous_batching(generation, _batching(model.device, prompts, config.max_new_tokens))
     # transformers has no other way in for a processor of one's own that tells requests apart.

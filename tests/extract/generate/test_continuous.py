@@ -43,9 +43,8 @@ def test_more_requests_than_run_at_once(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_responses_end_where_the_turn_does(tmp_path: Path) -> None:
     engine, chat = load(reciting_checkpoint(tmp_path, "\n", "I see the old house.<|im_end|>"))
-    ended = Response(
-        token_ids=chat.encode_text("I see the old house."), text="I see the old house.", finish_reason="stop"
-    )
+    said = "I see the old house."
+    ended = Response(token_ids=chat.encode_text(said), text=said, finish_reason="stop")
     assert generate(engine, chat, [0, 1], CONTINUOUS) == [ended] * 2
     [cut] = generate(engine, chat, [0], GenerateConfig(max_new_tokens=3, batching="continuous"))
     assert (len(cut.token_ids), cut.finish_reason) == (3, "length")
