@@ -132,7 +132,7 @@ def test_refuses_an_empty_question_list(tmp_path: Path, model: Path, capsys: pyt
     (tmp_path / "questions.yaml").write_text("version: 1\nquestions: []\n")
     config = write_config(tmp_path, model)
     arguments = ["run", str(config), "--personas.questions", str(tmp_path / "questions.yaml")]
-    refuse(capsys, arguments, "holds no questions; at least one is needed.", root=tmp_path)
+    refuse(capsys, arguments, "give at least one.", root=tmp_path)
 
 
 def test_refuses_a_model_without_chat_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

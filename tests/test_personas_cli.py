@@ -17,7 +17,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> 
 
 
 def test_lists(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "400")
     assert said(capsys, "ls", "--kind", "professional").splitlines()[-1].startswith("115 of 276 roles, ")
     collective = said(capsys, "ls", "--kind", "collective")
     assert collective.splitlines()[-1].startswith("4 of 276 roles, 240 traits, 240 questions in builtin (version ")
