@@ -1,0 +1,210 @@
+"""Generation: engines against a naive loop, and capturing while generating against a second pass, side by side.
+
+    python benchmarks/generate.py                           # SmolLM2-135M (make demo fetches it); half an hour
+    python benchmarks/generate.py --quick --json out.json
+    python benchmarks/generate.py --device cuda --random 8B # random weights of Llama 3.1 8B's shape
+
+- static, continuous: batches of the transformers engine; naive: stock `generate`, one prompt after another. All sample
+  with the same temperature and top-p. `engine_over_naive` is the ratio of response tokens per second.
+- `capture_over_generate`: time of static batches that are captured, over the same without.
+- `replay_total_over_capture_total`: time of generating and a pass over the finished rollouts, over that of capturing.
+- `min_cosine`: the least cosine, over rollouts and layers, of captured means and those of a replay.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from machine import describe_machine
+from ratios import ratio, show
+
+from personaspace.extract.chat import ChatFormat
+from personaspace.extract.checkpoint import Checkpoint, resolve
+from personaspace.extract.config import Dtype, GenerateConfig, ModelConfig, PersonasConfig
+from personaspace.extract.demo_model import DEFAULT_FOLDER
+from personaspace.extract.generate.engine import Response
+from personaspace.extract.generate.noise import rollout_seed
+from personaspace.extract.generate.transformers_engine import TransformersEngine, load_causal_lm
+from personaspace.extract.packing import MicroBatch, form_batches
+from personaspace.extract.personas import plan_personas
+from personaspace.extract.pooling import Pooled
+from personaspace.extract.reductions import Readout, plan_arrays
+from personaspace.extract.slicing import Slice
+from personaspace.extract.stage import Stage
+from personaspace.store.rollouts import Span
+
+READOUT = Readout.of_arrays(plan_arrays(("resid_post",), ("mean",), None))
+TOKEN_BUDGET = 4096
+"""Tokens of a micro-batch of the replay."""
+
+
+class Bench:
+    """A model, and what is measured on it."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, model: ModelConfig, rows: int, config: GenerateConfig, device: str
+    ) -> None:
+        self.config = config
+        self._chat = ChatFormat(checkpoint, model)
+        self._model: Any = load_causal_lm(checkpoint, dtype=model.dtype, device=device)
+        self._engine = TransformersEngine(self._model, self._chat, device=device)
+        self._captured = TransformersEngine(self._model, self._chat, device=device)
+        self._slice: Slice = self._captured.slice(checkpoint)
+        self._captured.capture(self._slice, READOUT, range(checkpoint.layers))
+        plan = plan_personas(PersonasConfig(prompts=1), model_name=checkpoint.name, generation="benchmark")
+        chosen = plan.rows[:: len(plan.rows) // rows][:rows]
+        self._prompts = [self._chat.encode_prompt(row.messages) for row in chosen]
+        self._seeds = [rollout_seed(0, row.rollout_id) for row in chosen]
+        self._device = device
+
+    def static(self) -> list[Response]:
+        return self._in_batches(self._engine.generate, self.config)
+
+    def continuous(self) -> list[Response]:
+        return self._engine.generate(self._prompts, self._seeds, replace(self.config, batching="continuous"))
+
+    def capture(self) -> list[tuple[Response, Pooled | None]]:
+        return self._in_batches(self._captured.generate_captured, self.config)
+
+    def naive(self) -> list[Response]:
+        """What a script does: one prompt at a time, with transformers' own sampling."""
+        responses = []
+        for prompt, seed in zip(self._prompts, self._seeds, strict=True):
+            torch.manual_seed(seed)
+            ids_BT = torch.tensor([prompt], device=self._device)
+            with torch.inference_mode():
+                made_BT = self._model.generate(
+                    ids_BT,
+                    attention_mask=torch.ones_like(ids_BT),
+                    do_sample=True,
+                    temperature=self.config.temperature,
+                    top_p=self.config.top_p,
+                    top_k=0,
+                    max_new_tokens=self.config.max_new_tokens,
+                )
+            token_ids = made_BT[0, len(prompt) :].tolist()
+            responses.append(Response(token_ids=token_ids, text="", finish_reason="length"))
+        return responses
+
+    def replay(self, responses: Sequence[Response]) -> dict[int, Pooled]:
+        """A forward pass over the finished rollouts, in padded micro-batches, as extraction makes it."""
+        tokens, segments = {}, {}
+        for row, (prompt, response) in enumerate(zip(self._prompts, responses, strict=True)):
+            if response.token_ids:
+                tokens[row] = (*prompt, *response.token_ids)
+                whole = Span(turn=0, part="whole", start=len(prompt), stop=len(tokens[row]))
+                segments[row] = READOUT.segments([whole])
+        batches: list[MicroBatch] = form_batches(tokens, segments, TOKEN_BUDGET, packed=False)
+        pooled: dict[int, Pooled] = {}
+        with Stage(self._slice) as stage:
+            for batch in batches:
+                pooled |= stage.forward(batch).pooled()
+        return pooled
+
+    def _in_batches(self, generate: Callable[..., list[Any]], config: GenerateConfig) -> list[Any]:
+        size = config.batch_rows
+        return [
+            made
+            for start in range(0, len(self._prompts), size)
+            for made in generate(self._prompts[start : start + size], self._seeds[start : start + size], config)
+        ]
+
+
+def measure(bench: Bench, rounds: int) -> dict[str, Any]:
+    """Seconds and tokens of each contender in each round, in an order that alternates."""
+    contenders: dict[str, Callable[[], Any]] = {
+        "static": bench.static,
+        "capture": bench.capture,
+        "continuous": bench.continuous,
+        "naive": bench.naive,
+    }
+    bench.capture()  # Nobody pays for what happens once.
+    found: dict[str, Any] = {name: {"seconds": [], "tokens": []} for name in (*contenders, "replay")}
+    for number in range(rounds):
+        names = list(contenders)[:: -1 if number % 2 else 1]
+        for name in names:
+            begin = time.perf_counter()
+            made = contenders[name]()
+            found[name]["seconds"].append(time.perf_counter() - begin)
+            responses = [one[0] for one in made] if name == "capture" else made
+            found[name]["tokens"].append(sum(len(response.token_ids) for response in responses))
+            if name == "static":
+                begin = time.perf_counter()
+                bench.replay(responses)
+                found["replay"]["seconds"].append(time.perf_counter() - begin)
+                found["replay"]["tokens"].append(found["static"]["tokens"][-1])
+    return found
+
+
+def agreement(bench: Bench) -> float:
+    """Least cosine of captured means and those of a replay, over rollouts and layers."""
+    made = bench.capture()
+    truths = bench.replay([response for response, _ in made])
+    least = 1.0
+    for row, truth in truths.items():
+        pooled = made[row][1]
+        assert pooled is not None
+        ours, theirs = pooled.means_SD.astype(np.float64), truth.means_SD.astype(np.float64)
+        cosines = (ours * theirs).sum(-1) / np.linalg.norm(ours, axis=-1) / np.linalg.norm(theirs, axis=-1)
+        least = min(least, float(cosines.min()))
+    return least
+
+
+def per_second(found: dict[str, Any], name: str) -> list[float]:
+    return [tokens / seconds for tokens, seconds in zip(found[name]["tokens"], found[name]["seconds"], strict=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(DEFAULT_FOLDER), help="checkpoint folder")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rows", type=int, default=120)
+    parser.add_argument("--tokens", type=int, default=64, help="longest response")
+    parser.add_argument("--batch", type=int, default=60, help="rollouts of a static batch")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="8 rollouts of 16 tokens, 2 rounds")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+    rows, tokens, batch, rounds = arguments.rows, arguments.tokens, arguments.batch, arguments.rounds
+    if arguments.quick:
+        rows, tokens, batch, rounds = 8, 16, 4, 2
+    config = GenerateConfig(max_new_tokens=tokens, batch_rows=batch)
+    figures: dict[str, Any] = {"machine": describe_machine(Path.cwd())}
+
+    def bench(dtype: Dtype) -> Bench:
+        model = ModelConfig(id=arguments.model, dtype=dtype)
+        return Bench(resolve(model), model, rows, config, arguments.device)
+
+    figures["min_cosine"] = {dtype: agreement(bench(dtype)) for dtype in ("float32", "bfloat16")}
+    print(f"least cosine of captured and replayed means: {figures['min_cosine']}")
+    found = measure(bench("bfloat16"), rounds)
+    speeds = {name: per_second(found, name) for name in ("static", "continuous", "capture", "naive")}
+    for name, each in speeds.items():
+        print(f"{name}: median {statistics.median(each):,.0f} response tokens/s")
+    engines = {name: ratio(speeds[name], speeds["naive"]) for name in ("static", "continuous")}
+    captured = ratio(found["capture"]["seconds"], found["static"]["seconds"])
+    both = [a + b for a, b in zip(found["static"]["seconds"], found["replay"]["seconds"], strict=True)]
+    total = ratio(both, found["capture"]["seconds"])
+    for name, each_ratio in engines.items():
+        show(f"{name} over naive", each_ratio)
+    show("time of capturing over generating alone", captured)
+    show("time of generating and replaying over capturing", total)
+    figures |= {
+        "measured": found,
+        "engine_over_naive": {name: each_ratio["median"] for name, each_ratio in engines.items()},
+        "capture_over_generate": captured["median"],
+        "replay_total_over_capture_total": total["median"],
+    }
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
