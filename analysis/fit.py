@@ -14,7 +14,7 @@ from personaspace.analysis.config import AnalysisConfig
 from personaspace.analysis.evidence import Evidence, gather_evidence
 from personaspace.analysis.space import PersonaSpace, align_layers, fit_space
 from personaspace.store.errors import InputError
-from personaspace.store.formats.role_names import DEFAULT_ROLE
+from personaspace.store.formats.role_names import DEFAULT_ROLE, SCENARIO
 from personaspace.store.layout import ranges
 from personaspace.store.manifest import require_manifest
 from personaspace.store.objects import Folder
@@ -45,8 +45,8 @@ def compute_space(folder: Folder, config: AnalysisConfig) -> xr.Dataset:
     cell_N = cell_of_row(run, questions)
     count_R = np.bincount(cell_N[cell_N >= 0] // questions, minlength=len(roles))
     default = [index for index, role in enumerate(roles) if role["id"] == DEFAULT_ROLE and count_R[index]]
-    # The poles of traits are no roles, and have a space of their own.
-    is_role = [role["id"] != DEFAULT_ROLE and not role.get("pole") for role in roles]
+    # The poles of traits are no roles, and have a space of their own; conversations are no roles at all.
+    is_role = [role["id"] != DEFAULT_ROLE and not role.get("pole") and role.get("kind") != SCENARIO for role in roles]
     others = [index for index in range(len(roles)) if is_role[index] and count_R[index]]
     if not default or len(others) < 2:
         raise InputError(

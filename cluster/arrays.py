@@ -57,7 +57,7 @@ def count_span_places(folder: Folder, existing: Manifest | None, arrays: Sequenc
     """Places of each rollout in the arrays of spans; fixed once there are such arrays."""
     where = folder.url
     parts = span_parts(arrays)
-    turns = max(1 + sum(message["role"] == "assistant" for message in row.messages) for row in plan.rows)
+    turns = max(row.turns for row in plan.rows)
     if parts and existing is not None and not existing.spans_per_rollout:
         # The config may lack rollouts that are stored, and those may have more turns.
         stored = read_rollouts(folder, columns=["spans"])["spans"].to_pylist()

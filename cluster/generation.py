@@ -2,6 +2,7 @@
 
 from collections.abc import Container, Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -98,6 +99,7 @@ def _sample(job: Job, fence: Fence, cluster: ClusterConfig, missing: set[int], r
             checkpoint=job.checkpoint,
             model=job.model,
             config=job.generate,
+            auditor=job.auditor,
             fence=fence,
             sharding=sharding,
             rank=rank,
@@ -119,9 +121,12 @@ def _sample(job: Job, fence: Fence, cluster: ClusterConfig, missing: set[int], r
     schedule = Schedule(
         range(len(batches)), work.open_window, in_flight=1, uncommitted=UNCOMMITTED_BATCHES, attempts=cluster.attempts
     )
+    # The longest batch is a conversation of that many turns, each of which may take as long as a whole batch elsewhere.
+    turns = max((row.turns for row in job.rows.values()), default=1)
+    patient = replace(cluster, stall_timeout=cluster.stall_timeout * turns)
     threads = f"{workers.threads} thread(s) each, on {workers.device}"
     report(Note(text=f"generate: replicas of {actors} ({sharding}), {threads}"))
-    Supervisor("generate", schedule, formation, work, cluster, report, patience=job.store.patience).run()
+    Supervisor("generate", schedule, formation, work, patient, report, patience=job.store.patience).run()
     if work.agreement:
         report(Note(text=describe_agreement(work.agreement)))
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import ray
 import torch
@@ -18,7 +19,9 @@ from personaspace.cluster.shards import ShardWriter
 from personaspace.cluster.tensor import load_causal_lm_parallel
 from personaspace.extract.chat import ChatFormat
 from personaspace.extract.checkpoint import Checkpoint
-from personaspace.extract.config import GenerateConfig, ModelConfig
+from personaspace.extract.config import AuditorConfig, GenerateConfig, ModelConfig
+from personaspace.extract.generate.auditor import choose_user
+from personaspace.extract.generate.conversations import Talk, hold_conversations
 from personaspace.extract.generate.engine import Response
 from personaspace.extract.generate.noise import rollout_seed
 from personaspace.extract.generate.transformers_engine import TransformersEngine, load_causal_lm
@@ -26,7 +29,7 @@ from personaspace.extract.offload import Offload, load_causal_lm_offloaded
 from personaspace.extract.packing import DUMMY_TOKEN
 from personaspace.extract.personas import PlannedRollout
 from personaspace.extract.pooling import Pooled
-from personaspace.extract.rollouts import generated_rollout, imported_rollout, quarantined_rollout
+from personaspace.extract.rollouts import generated_rollout, held_rollout, imported_rollout, quarantined_rollout
 from personaspace.store.commit import commit
 from personaspace.store.errors import IntegrityError
 from personaspace.store.layout import rollouts_key
@@ -92,6 +95,8 @@ class GeneratorSpec:
     checkpoint: Checkpoint
     model: ModelConfig
     config: GenerateConfig
+    auditor: AuditorConfig
+    """Who is the user in conversations of several turns."""
     fence: Fence
     sharding: Generation
     rank: int
@@ -128,6 +133,8 @@ class Generator(Member):
             model = load_causal_lm(spec.checkpoint, dtype=dtype, device=spec.device)
         self._engine = TransformersEngine(model, self._chat, device=spec.device, agree=agree)
         self._capturing = spec.capture and Capturing(self._engine, spec.checkpoint, spec.capture)
+        positions = spec.checkpoint.max_positions
+        self._user = choose_user(spec.auditor, self._engine, self._chat, spec.config, max_positions=positions)
         return loaded(begin)
 
     def generate(self, order: Order) -> Sampled:
@@ -140,6 +147,10 @@ class Generator(Member):
                 prompts[place] = [DUMMY_TOKEN] * len(prompts[place])
             seeds = [rollout_seed(self._spec.config.seed, row.rollout_id) for row in planned]
             sampled = self._engine.generate_captured(prompts, seeds, self._spec.config)
+            talks = self._talk_on(order, planned, sampled)
+            for place, talk in talks.items():
+                # What is stored of a conversation is its last turn, and all before is the prompt.
+                prompts[place], sampled[place] = talk.conversation.prompt, (talk.response, talk.pooled)
             responses = [response for response, _ in sampled]
             replayed: dict[int, Pooled] = {}
             if self._capturing and not order.trial:
@@ -149,15 +160,31 @@ class Generator(Member):
                     {planned[place].row: (prompts[place], responses[place]) for place in places}
                 )
             if not order.trial and self._spec.rank == 0:
-                self._keep(order, prompts, sampled, replayed)
+                self._keep(order, prompts, sampled, talks, replayed)
         tokens = sum(len(response.token_ids) for response in responses)
+        tokens += sum(talk.earlier_tokens for talk in talks.values())
         return Sampled(tokens=tokens, busy=Busy(activity="generate", start=begin, stop=time.time()))
+
+    def _talk_on(
+        self, order: Order, planned: Sequence[PlannedRollout], sampled: Sequence[tuple[Response, Pooled | None]]
+    ) -> dict[int, Talk]:
+        """Place in the batch -> what became of a conversation of several turns after its first response."""
+        opened = {
+            place: (row, *first)
+            for place, (row, first) in enumerate(zip(planned, sampled, strict=True))
+            if row.script is not None and place not in order.left_out
+        }
+        positions = self._spec.checkpoint.max_positions
+        return hold_conversations(
+            self._engine, self._chat, self._user, opened, self._spec.config, max_positions=positions
+        )
 
     def _keep(
         self,
         order: Order,
         prompts: Sequence[list[int]],
         sampled: Sequence[tuple[Response, Pooled | None]],
+        talks: Mapping[int, Talk],
         replayed: Mapping[int, Pooled],
     ) -> None:
         made = iter(enumerate(zip(prompts, sampled, strict=True)))
@@ -171,16 +198,15 @@ class Generator(Member):
                     reason = order.left_out[place]
                     rollouts.append(quarantined_rollout(row, role, chat=self._chat, reason=reason))
                     continue
+                told: dict[str, Any] = {
+                    "chat": self._chat,
+                    "config": self._spec.config,
+                    "max_positions": self._spec.checkpoint.max_positions,
+                }
                 rollouts.append(
-                    generated_rollout(
-                        row,
-                        role,
-                        prompt,
-                        response,
-                        chat=self._chat,
-                        config=self._spec.config,
-                        max_positions=self._spec.checkpoint.max_positions,
-                    )
+                    held_rollout(row, role, talks[place], auditor=self._spec.auditor, **told)
+                    if place in talks
+                    else generated_rollout(row, role, prompt, response, **told)
                 )
             means = self._capturing.keep(rollouts, captured, replayed) if self._capturing else None
             kept.append((unit, rollouts, means))

@@ -12,7 +12,7 @@ from personaspace.extract.anatomy import check_supported
 from personaspace.extract.catalogue import Question, Role
 from personaspace.extract.chat import ChatFormat
 from personaspace.extract.checkpoint import Checkpoint, resolve
-from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig
+from personaspace.extract.config import AuditorConfig, ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig
 from personaspace.extract.generate.capture import check_capturable
 from personaspace.extract.growth import Change, StoredPlan, continue_plan
 from personaspace.extract.packing import chooses_packed, windows
@@ -39,6 +39,8 @@ class Job:
     folder: Folder
     model: ModelConfig
     generate: GenerateConfig
+    auditor: AuditorConfig = field(default_factory=AuditorConfig)
+    """Who is the user in conversations of several turns."""
     extract: ExtractConfig
     store: StoreConfig
     checkpoint: Checkpoint
@@ -200,6 +202,7 @@ def prepare(
         folder=folder,
         model=model,
         generate=generate,
+        auditor=personas.auditor,
         extract=extract,
         store=store,
         checkpoint=checkpoint,

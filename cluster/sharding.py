@@ -85,6 +85,12 @@ def check_sharding(job: Job, cluster: ClusterConfig) -> None:
             f"extract.compile: not with cluster.sharding {cluster.sharding}, which changes the blocks. Use one of the "
             "two."
         )
+    played = any(row.script is not None and row.script.user for row in job.rows.values())
+    if played and job.auditor.played_by == "endpoint" and generation_sharding(cluster) == "tensor":
+        raise InputError(
+            "personas.auditor.played_by: `endpoint` is not possible with cluster.generation tensor, where every rank "
+            "would hear something else. Use `script` or `model`, or generate with copies that are `whole`."
+        )
 
 
 def extraction_actors(job: Job, cluster: ClusterConfig, nodes: Sequence[Node]) -> int:

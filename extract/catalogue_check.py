@@ -1,13 +1,14 @@
 """What a catalogue should be, beyond what can be read: complete, and no two of its texts nearly the same."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from personaspace.extract.catalogue import Question, Role
+from personaspace.extract.scenarios import Scenario
 from personaspace.store.formats.role_names import DEFAULT_ROLE
 
 NEAR = 0.5
@@ -28,15 +29,23 @@ class Nearest:
     other: str
 
 
-def find_faults(roles: Sequence[Role], questions: Sequence[Question]) -> list[str]:
+def find_faults(roles: Sequence[Role], questions: Sequence[Question], scenarios: Sequence[Scenario] = ()) -> list[str]:
     """What is wrong with a catalogue that can be read: one line each, empty if nothing is. Poles are roles, too."""
-    return [*_role_faults(roles), *_question_faults(questions), *_similarity_faults(roles, questions)]
+    texts = _labelled_texts(roles, questions, scenarios)
+    return [
+        *_role_faults(roles),
+        *_question_faults(questions),
+        *_scenario_faults(scenarios),
+        *_similarity_faults(texts),
+    ]
 
 
-def most_alike(roles: Sequence[Role], questions: Sequence[Question]) -> dict[str, Nearest]:
-    """The two prompts, descriptions and questions that are most alike, where there are two."""
+def most_alike(
+    roles: Sequence[Role], questions: Sequence[Question], scenarios: Sequence[Scenario] = ()
+) -> dict[str, Nearest]:
+    """The two prompts, descriptions, questions, ... that are most alike, where there are two."""
     nearest = {}
-    for what, labelled in _labelled_texts(roles, questions).items():
+    for what, labelled in _labelled_texts(roles, questions, scenarios).items():
         for pair in _pairs(labelled, least=0.0):
             nearest[what] = pair
             break
@@ -75,19 +84,32 @@ def _question_faults(questions: Sequence[Question]) -> Iterator[str]:
             yield f"question {question.id}: has {found[0]}, which nothing substitutes."
 
 
-def _similarity_faults(roles: Sequence[Role], questions: Sequence[Question]) -> Iterator[str]:
-    for what, labelled in _labelled_texts(roles, questions).items():
+def _scenario_faults(scenarios: Sequence[Scenario]) -> Iterator[str]:
+    for scenario in scenarios:
+        if not scenario.user:
+            yield f"scenario {scenario.id}: does not say who its user is, so no model can play it."
+        for text in (scenario.system, *scenario.turns):
+            if unknown := sorted(set(PLACEHOLDER.findall(text)) - KNOWN_PLACEHOLDERS):
+                yield f"scenario {scenario.id}: has {unknown[0]}, which nothing substitutes."
+
+
+def _similarity_faults(texts: Mapping[str, Sequence[tuple[str, str]]]) -> Iterator[str]:
+    for what, labelled in texts.items():
         for pair in _pairs(labelled, least=NEAR):
             both = pair.one if pair.one == pair.other else f"{pair.one} and {pair.other}"
             yield f"{what}: two of {both} are nearly the same (similarity {pair.similarity:.2f})."
 
 
-def _labelled_texts(roles: Sequence[Role], questions: Sequence[Question]) -> dict[str, list[tuple[str, str]]]:
+def _labelled_texts(
+    roles: Sequence[Role], questions: Sequence[Question], scenarios: Sequence[Scenario]
+) -> dict[str, list[tuple[str, str]]]:
     """(id, text) of all that should differ. The prompts of traits share their frames, so they are left out."""
     return {
         "prompts": [(role.id, prompt) for role in roles if not role.pole for prompt in role.prompts if prompt],
         "descriptions": [(role.id, role.description) for role in roles if role.description],
         "questions": [(question.id, question.text) for question in questions],
+        "users": [(scenario.id, scenario.user) for scenario in scenarios],
+        "turns": [(scenario.id, turn) for scenario in scenarios for turn in scenario.turns],
     }
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import yaml
 
@@ -16,10 +16,21 @@ from personaspace.store.formats import assistant_axis
 from personaspace.store.formats.role_names import DEFAULT_ROLE, check_role_name
 
 BUILTIN = "builtin"
+DOMAINS = ("coding", "writing", "therapy", "philosophy")
+"""Of the built-in scenarios: from work to what the one who answers is."""
 BEHAVIOUR = "{behaviour}"
 """Stands in a trait's frames for what it describes."""
 
-Entry = TypeVar("Entry", Role, Question)
+
+class Named(Protocol):
+    """An entry of a catalogue."""
+
+    @property
+    def id(self) -> str:
+        """Permanent."""
+
+
+Entry = TypeVar("Entry", bound=Named)
 
 
 def load_roles(sources: Sequence[str]) -> list[Role]:
@@ -39,7 +50,7 @@ def load_traits(sources: Sequence[str]) -> list[Role]:
 def load_questions(sources: Sequence[str]) -> list[Question]:
     """Questions of all ``sources``, each `builtin`, a YAML file, or an assistant-axis JSONL file."""
     questions = _QUESTIONS.load(sources)
-    _refuse_doubles([question.text for question in questions], "personas.questions", "question")
+    refuse_doubles([question.text for question in questions], "personas.questions", "question")
     return questions
 
 
@@ -53,22 +64,22 @@ def load_all(source: str) -> tuple[list[Role], list[Question]]:
         return (load_traits if traits else load_roles)([source]), []
     if source != BUILTIN and not path.exists():
         raise InputError(f"{source} does not exist; give `builtin`, a file or a folder.")
-    keys = {key for _, document in _documents(source) for key in document}
+    keys = {key for _, document in documents(source) for key in document}
     roles = load_roles([source]) if "roles" in keys else []
     roles += load_traits([source]) if "traits" in keys else []
     questions = load_questions([source]) if "questions" in keys else []
-    if not roles and not questions:
+    if not roles and not questions and "scenarios" not in keys:
         raise InputError(f"{source}: holds no lists under `roles:`, `traits:` or `questions:`.")
     return roles, questions
 
 
 def builtin_version() -> int:
     """Of the built-in catalogue; it rises whenever a text in it changes."""
-    return max(int(document["version"]) for _, document in _documents(BUILTIN))
+    return max(int(document["version"]) for _, document in documents(BUILTIN))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Form(Generic[Entry]):
+class Form(Generic[Entry]):
     """How one sort of entries is written down."""
 
     setting: str
@@ -78,7 +89,7 @@ class _Form(Generic[Entry]):
     parse: Callable[[dict[str, Any], str, Mapping[str, Any]], list[Entry]]
     """An entry of that list, where it stands, and its document."""
     reference: str
-    """What else may be read: `folder` or `JSONL file` of assistant-axis."""
+    """What else may be read: `folder` or `JSONL file` of assistant-axis; empty: nothing."""
     read_reference: Callable[[Path], list[Entry]]
 
     def load(self, sources: Sequence[str]) -> list[Entry]:
@@ -102,20 +113,21 @@ class _Form(Generic[Entry]):
         if self.reads_reference(path):
             return self.read_reference(path)
         if source != BUILTIN and not path.exists():
+            other = f"a folder of YAML files, or an assistant-axis {self.reference}"
             raise InputError(
-                f"{self.setting}: {source} does not exist; give `builtin`, a YAML file, a folder of YAML files, or an "
-                f"assistant-axis {self.reference}."
+                f"{self.setting}: {source} does not exist; give `builtin`, a YAML file, "
+                f"{other if self.reference else 'or a folder of YAML files'}."
             )
-        documents = [(where, document) for where, document in _documents(source) if self.key in document]
-        if not documents:
+        listed = [(where, document) for where, document in documents(source) if self.key in document]
+        if not listed:
             raise InputError(f"{self.setting}: {source} has no list under `{self.key}:`.")
-        return [entry for where, document in documents for entry in self._entries(where, document)]
+        return [entry for where, document in listed for entry in self._entries(where, document)]
 
     def reads_reference(self, path: Path) -> bool:
         """Whether the path is the reference project's, and none of YAML files."""
         if self.reference == "JSONL file":
             return path.is_file() and path.suffix == ".jsonl"
-        return path.is_dir() and not any(path.glob("*.yaml"))
+        return bool(self.reference) and path.is_dir() and not any(path.glob("*.yaml"))
 
     def _entries(self, where: str, document: Mapping[str, Any]) -> list[Entry]:
         entries = document[self.key]
@@ -129,13 +141,14 @@ class _Form(Generic[Entry]):
         return found
 
 
-def _documents(source: str) -> list[tuple[str, dict[str, Any]]]:
-    """(name, content) of each YAML file of a source."""
+def documents(source: str) -> list[tuple[str, dict[str, Any]]]:
+    """(name, content) of each YAML file of a source. Raises InputError for what is no YAML."""
     path = Path(source).expanduser()
     files: list[tuple[str, Traversable]]
     if source == BUILTIN:
         folder = resources.files("personaspace") / "configs" / "personas"
         names = [*(f"roles/{kind}.yaml" for kind in KINDS), "traits.yaml", "questions.yaml"]
+        names += [f"scenarios/{domain}.yaml" for domain in DOMAINS]
         files = [(f"configs/personas/{name}", folder.joinpath(name)) for name in names]
     else:
         files = [(str(file), file) for file in (sorted(path.glob("*.yaml")) if path.is_dir() else [path])]
@@ -156,15 +169,15 @@ def _parse(where: str, file: Traversable) -> dict[str, Any]:
 
 def _parse_role(entry: dict[str, Any], where: str, _: Mapping[str, Any]) -> list[Role]:
     optional = {"kind": "unknown", "description": "", "judge": ""}
-    fields = _fields(entry, where, required=("id", "prompts"), optional=optional, lists=("prompts",))
+    fields = read_fields(entry, where, required=("id", "prompts"), optional=optional, lists=("prompts",))
     check_role_name(fields["id"], where)
-    _refuse_doubles(fields["prompts"], f"{where}: {fields['id']!r}", "prompt")
+    refuse_doubles(fields["prompts"], f"{where}: {fields['id']!r}", "prompt")
     return [Role(**{**fields, "prompts": tuple(fields["prompts"])})]
 
 
 def _parse_trait(entry: dict[str, Any], where: str, document: Mapping[str, Any]) -> list[Role]:
     poles = [pole for pole in POLES if isinstance(entry.get(pole), list)]
-    fields = _fields(entry, where, required=("id", *POLES), optional={"judge": ""}, lists=poles)
+    fields = read_fields(entry, where, required=("id", *POLES), optional={"judge": ""}, lists=poles)
     frames = document.get("frames", [f"In everything you write, you {BEHAVIOUR}."])
     if not isinstance(frames, list) or not all(isinstance(frame, str) and BEHAVIOUR in frame for frame in frames):
         raise InputError(f"{where}: frames is {frames!r}; give a list of texts that hold {BEHAVIOUR}.")
@@ -180,7 +193,7 @@ def _parse_trait(entry: dict[str, Any], where: str, document: Mapping[str, Any])
 
 
 def _parse_question(entry: dict[str, Any], where: str, _: Mapping[str, Any]) -> list[Question]:
-    return [Question(**_fields(entry, where, required=("id", "text"), optional={"category": "unknown"}, lists=()))]
+    return [Question(**read_fields(entry, where, required=("id", "text"), optional={"category": "unknown"}, lists=()))]
 
 
 def _read_reference_roles(folder: Path) -> list[Role]:
@@ -226,7 +239,7 @@ def _poles(
     ]
 
 
-def _fields(
+def read_fields(
     entry: dict[str, Any],
     where: str,
     *,
@@ -250,27 +263,27 @@ def _fields(
     return {**optional, **entry}
 
 
-def _refuse_doubles(texts: Sequence[str], where: str, what: str) -> None:
+def refuse_doubles(texts: Sequence[str], where: str, what: str) -> None:
     double = sorted(text for text, count in Counter(texts).items() if count > 1)
     if double:
         raise InputError(f"{where}: {what} {double[0]!r} appears more than once; each must be unique.")
 
 
-_ROLES = _Form(
+_ROLES = Form(
     setting="personas.roles",
     key="roles",
     parse=_parse_role,
     reference="folder",
     read_reference=_read_reference_roles,
 )
-_TRAITS = _Form(
+_TRAITS = Form(
     setting="personas.traits",
     key="traits",
     parse=_parse_trait,
     reference="folder",
     read_reference=_read_reference_traits,
 )
-_QUESTIONS = _Form(
+_QUESTIONS = Form(
     setting="personas.questions",
     key="questions",
     parse=_parse_question,

@@ -44,12 +44,37 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AuditorConfig:
+    """Who is the user in conversations of several turns (identity, unless noted)."""
+
+    played_by: Literal["script", "model", "endpoint"] = "script"
+    """`script`: the user says what the scenario has for each turn. `model`: the model of the run plays the user, too.
+    `endpoint`: another model does, behind any OpenAI-compatible API (needs the extra `endpoint`)."""
+    model: str = ""
+    """Name of the endpoint's model."""
+    temperature: Annotated[float, Gt(0)] = 0.7
+    """Of a played user."""
+    max_tokens: Annotated[int, Ge(1)] = 256
+    """Longest turn of a played user, in tokens."""
+    base_url: str | None = None
+    """URL of the API, such as http://localhost:8000/v1; default: OpenAI's. (No identity, like all that follows.)"""
+    key: str = "OPENAI_API_KEY"
+    """Name of the environment variable that holds the key. Keys themselves never enter a config."""
+    concurrency: Annotated[int, Ge(1)] = 8
+    """Requests of one generator at a time."""
+    timeout: Annotated[float, Gt(0)] = 60.0
+    """Seconds to wait for an answer."""
+    retries: Annotated[int, Ge(0)] = 5
+    """How often a request is repeated after 429, 5xx, a time-out or a lost connection, ever more slowly."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PersonasConfig:
-    """Which roles are asked which questions (identity)."""
+    """Which roles are asked which questions, and which conversations are held (identity)."""
 
     roles: Sources = ("builtin",)
     """Any of `builtin`, YAML files as in configs/personas/roles, folders of them, and folders of assistant-axis JSON
-    files."""
+    files. May be `[]` where there are scenarios."""
     questions: Sources = ("builtin",)
     """Any of `builtin`, YAML files in the format of configs/personas/questions.yaml, and assistant-axis JSONL files."""
     traits: Sources = ()
@@ -68,6 +93,15 @@ class PersonasConfig:
     """Rollouts per prompt and question."""
     default_samples: Annotated[int, Ge(1)] = 1
     """The same for `default`, whose mean carries the noise of the whole axis: give it more when roles are few."""
+    scenarios: Sources = ()
+    """Conversations of several turns: any of `builtin`, YAML files as in configs/personas/scenarios, and folders of
+    them. Default: none. `samples` says how often each is held."""
+    only_scenarios: tuple[str, ...] = ()
+    """Ids of scenarios, or domains (coding, writing, therapy, philosophy); empty: all."""
+    turns: Annotated[int, Ge(1)] = 6
+    """Turns of the assistant in each conversation."""
+    auditor: AuditorConfig = AuditorConfig()
+    """The user in these conversations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

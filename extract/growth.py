@@ -73,6 +73,7 @@ def _kept(row: PlannedRow, planned: PlannedRollout | None) -> PlannedRollout:
         **asdict(row),
         messages=() if planned is None else planned.messages,
         response=None if planned is None else planned.response,
+        script=None if planned is None else planned.script,
     )
 
 

@@ -1,7 +1,7 @@
 """The plan that crosses the roles, traits and questions of a catalogue into rows.
 
-Its order (roles one after another, then the poles of traits, each with its prompts, questions and samples) decides the
-rows of the arrays.
+Its order (roles one after another, then the poles of traits, each with its prompts, questions and samples, then
+conversations of several turns) decides the rows of the arrays.
 """
 
 from collections import Counter
@@ -12,9 +12,10 @@ from pathlib import Path
 from personaspace.extract.catalogue import Question, Role, select
 from personaspace.extract.catalogue_files import load_questions, load_roles, load_traits
 from personaspace.extract.config import PersonasConfig
+from personaspace.extract.scenarios import Script, choose_scenarios, load_scenarios, plan_scenarios
 from personaspace.store.errors import InputError
 from personaspace.store.formats import assistant_axis
-from personaspace.store.formats.role_names import DEFAULT_ROLE
+from personaspace.store.formats.role_names import DEFAULT_ROLE, SCENARIO
 from personaspace.store.plan import rollout_id
 
 
@@ -32,6 +33,15 @@ class PlannedRollout:
     """[{role, content}], ending with the user's turn. Empty for a rollout of the run that the config lacks."""
     response: str | None = None
     """The finished response, where it is imported."""
+    script: Script | None = None
+    """How a conversation of several turns goes on after ``messages``."""
+
+    @property
+    def turns(self) -> int:
+        """Of the assistant, as far as the config knows."""
+        if self.script is not None:
+            return self.script.turns
+        return 1 + sum(message["role"] == "assistant" for message in self.messages)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +53,10 @@ class PersonaPlan:
     rows: tuple[PlannedRollout, ...]
 
     def rows_per_role(self) -> list[int]:
+        """Rows of each persona, to which units are fitted; of each domain where there are conversations alone."""
         counts = Counter(row.role_id for row in self.rows)
-        return [counts[role_id] for role_id in range(len(self.roles))]
+        personas = [role_id for role_id, role in enumerate(self.roles) if role.kind != SCENARIO]
+        return [counts[role_id] for role_id in personas or range(len(self.roles))]
 
 
 def plan_personas(config: PersonasConfig, *, model_name: str, generation: str) -> PersonaPlan:
@@ -54,8 +66,8 @@ def plan_personas(config: PersonasConfig, *, model_name: str, generation: str) -
     rollout id. Raises InputError naming the file and the entry at fault.
     """
     roles = _roles(config)
-    questions = load_questions(config.questions)[: config.max_questions]
-    if not questions:
+    questions = load_questions(config.questions)[: config.max_questions] if roles else []
+    if roles and not questions:
         raise InputError(f"personas.questions: no questions in {' or '.join(config.questions)}; give at least one.")
     rows: list[PlannedRollout] = []
     for role_id, role in enumerate(roles):
@@ -74,6 +86,8 @@ def plan_personas(config: PersonasConfig, *, model_name: str, generation: str) -
                     messages=messages,
                 )
             )
+    if config.scenarios:
+        _add_conversations(config, roles, questions, rows, model_name=model_name, generation=generation)
     return PersonaPlan(roles=tuple(roles), questions=tuple(questions), rows=tuple(rows))
 
 
@@ -125,14 +139,61 @@ def plan_imported(folder: Path) -> PersonaPlan:
     )
 
 
+def _add_conversations(
+    config: PersonasConfig,
+    roles: list[Role],
+    questions: list[Question],
+    rows: list[PlannedRollout],
+    *,
+    model_name: str,
+    generation: str,
+) -> None:
+    """Append the config's conversations to the plan: domain by domain, scenario by scenario, sample by sample."""
+    scenarios = choose_scenarios(load_scenarios(config.scenarios), config.only_scenarios)
+    domains, asked, talks = plan_scenarios(scenarios, turns=config.turns, auditor=config.auditor, model_name=model_name)
+    taken = {question.id for question in questions}
+    for question in asked:
+        if question.id in taken:
+            raise InputError(
+                f"personas.scenarios: {question.id!r} is also the id of a question; give the scenario another."
+            )
+    for talk in talks:
+        for sample in range(config.samples):
+            role = domains[talk.role_id]
+            settings = f"{generation} {talk.settings}"
+            rows.append(
+                PlannedRollout(
+                    row=len(rows),
+                    role_id=len(roles) + talk.role_id,
+                    prompt=talk.prompt,
+                    question=len(questions) + talk.question,
+                    sample=sample,
+                    rollout_id=rollout_id(role.id, talk.messages, settings, sample),
+                    messages=talk.messages,
+                    script=talk.script,
+                )
+            )
+    roles += domains
+    questions += asked
+
+
 def _roles(config: PersonasConfig) -> list[Role]:
-    """The chosen roles, and the poles of the chosen traits."""
+    """The chosen roles, and the poles of the chosen traits; none if conversations alone are asked for."""
+    if not config.roles and not config.traits and config.scenarios:
+        return []
     roles = select(load_roles(config.roles), config.only, "personas.only")
     if DEFAULT_ROLE not in {role.id for role in roles}:
         raise InputError(f"personas.roles: no role `{DEFAULT_ROLE}`; the axis is measured against it, so add one.")
     if len(roles) < 2:
         raise InputError("personas: `default` alone spans no space; use at least one more role.")
-    return roles + select(load_traits(config.traits), config.only_traits, "personas.only_traits")
+    roles += select(load_traits(config.traits), config.only_traits, "personas.only_traits")
+    reserved = [role for role in roles if role.kind == SCENARIO]
+    if reserved:
+        raise InputError(
+            f"personas.roles: role {reserved[0].id!r} has the kind {SCENARIO!r}, which is kept for conversations. "
+            "Give it another kind."
+        )
+    return roles
 
 
 def _pairs(pairing: str, prompts: int, questions: int, samples: int) -> Iterator[tuple[int, int, int]]:

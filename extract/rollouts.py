@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import Any
 
 import pyarrow as pa
 
 from personaspace.extract.chat import ChatFormat
-from personaspace.extract.config import GenerateConfig
+from personaspace.extract.config import AuditorConfig, GenerateConfig
+from personaspace.extract.generate.conversations import Talk
 from personaspace.extract.generate.engine import Response
 from personaspace.extract.generate.noise import rollout_seed
 from personaspace.extract.packing import MicroBatch, Segment, form_batches
@@ -44,9 +46,39 @@ def generated_rollout(
         response.text,
         response.finish_reason,
         chat.template_hash,
-        sampling={"temperature": config.temperature, "top_p": config.top_p, "max_new_tokens": config.max_new_tokens},
+        sampling=_sampling(config),
         seed=rollout_seed(config.seed, planned.rollout_id),
         dropped=dropped or why_dropped(conversation, response.text, max_positions),
+    )
+
+
+def held_rollout(
+    planned: PlannedRollout,
+    role: str,
+    talk: Talk,
+    *,
+    chat: ChatFormat,
+    config: GenerateConfig,
+    auditor: AuditorConfig,
+    max_positions: int | None,
+) -> Rollout:
+    """The rollout of a conversation of several turns; dropped, with the reason, if it broke off."""
+    assert planned.script is not None
+    user: dict[str, str] = {"played_by": auditor.played_by}
+    if auditor.played_by != "script":
+        user |= {"persona": planned.script.user}
+    if auditor.played_by == "endpoint":
+        user |= {"model": auditor.model}
+    return _rollout(
+        replace(planned, messages=talk.messages),
+        role,
+        talk.conversation,
+        talk.response.text,
+        talk.response.finish_reason,
+        chat.template_hash,
+        sampling={**_sampling(config), "turns": [asdict(turn) for turn in talk.turns], "user": user},
+        seed=rollout_seed(config.seed, planned.rollout_id),
+        dropped=talk.dropped or why_dropped(talk.conversation, talk.response.text, max_positions),
     )
 
 
@@ -114,6 +146,10 @@ def micro_batches(rollouts: pa.Table, readout: Readout, token_budget: int, *, pa
     return form_batches(tokens, segments, token_budget, packed=packed)
 
 
+def _sampling(config: GenerateConfig) -> dict[str, Any]:
+    return {"temperature": config.temperature, "top_p": config.top_p, "max_new_tokens": config.max_new_tokens}
+
+
 def _rollout(
     planned: PlannedRollout,
     role: str,
@@ -122,12 +158,12 @@ def _rollout(
     finish_reason: str,
     template_hash: str,
     *,
-    sampling: Mapping[str, float],
+    sampling: Mapping[str, Any],
     seed: int,
     dropped: str | None,
 ) -> Rollout:
     place = asdict(planned)
-    del place["response"], place["messages"]
+    del place["response"], place["messages"], place["script"]
     return Rollout(
         **place,
         role=role,

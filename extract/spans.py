@@ -56,7 +56,7 @@ def locate(chat: ChatFormat, messages: Sequence[Message]) -> Conversation:
         return Conversation(prompt=chat.encode_text(render(chat, before, asking=True)), response=[], spans=[])
     check_prompt(chat, before, last)
     text, places = find_turns(chat, messages, asking=False)
-    ids, pieces, wholes = _to_tokens(chat, text, places)
+    ids, pieces, wholes = to_tokens(chat, text, places)
     if not wholes or wholes[-1][0] < sum(message["role"] == "assistant" for message in before):
         raise UnstableBoundaryError("the chat template leaves nothing of the response")
     _, start, stop = wholes[-1]
@@ -76,14 +76,18 @@ def continue_conversation(
     turns = sum(message["role"] == "assistant" for message in messages)
     if turns:
         text, places = find_turns(chat, messages, asking=True)
-        _, pieces, wholes = _to_tokens(chat, text, places)
+        _, pieces, wholes = to_tokens(chat, text, places)
         spans = _spans(pieces, wholes)
     if response:
-        asked = chat.render(messages, add_generation_prompt=True).rstrip()
-        opened = any(asked.endswith(opening) for opening, _ in THINK_MARKERS)
-        pieces = [chat.tokenizer.decode([token]) for token in response]
-        spans += _turn_spans(turns, pieces, len(prompt), opened=opened)
+        asked = chat.render(messages, add_generation_prompt=True)
+        spans += sampled_spans(chat, turns, response, len(prompt), asked)
     return Conversation(prompt=list(prompt), response=list(response), spans=spans)
+
+
+def sampled_spans(chat: ChatFormat, turn: int, sampled: Sequence[int], first: int, asked: str) -> list[Span]:
+    """Spans of one turn of sampled tokens, from number ``first`` on, that follow the rendered prompt ``asked``."""
+    opened = any(asked.rstrip().endswith(opening) for opening, _ in THINK_MARKERS)
+    return turn_spans(turn, [chat.tokenizer.decode([token]) for token in sampled], first, opened=opened)
 
 
 def _check_messages(messages: Sequence[Message]) -> None:
@@ -99,7 +103,7 @@ def _check_messages(messages: Sequence[Message]) -> None:
             )
 
 
-def _to_tokens(
+def to_tokens(
     chat: ChatFormat, text: str, places: Sequence[Place]
 ) -> tuple[list[int], list[str], list[tuple[int, int, int]]]:
     """Token ids of the text, the characters that each token adds, and (turn, first, stop) of each place."""
@@ -121,10 +125,10 @@ def _to_tokens(
 
 def _spans(pieces: Sequence[str], wholes: Sequence[tuple[int, int, int]]) -> list[Span]:
     """Spans of all turns, given as (turn, first token, end)."""
-    return [span for turn, first, end in wholes for span in _turn_spans(turn, pieces[first:end], first)]
+    return [span for turn, first, end in wholes for span in turn_spans(turn, pieces[first:end], first)]
 
 
-def _turn_spans(turn: int, pieces: Sequence[str], first: int, *, opened: bool = False) -> list[Span]:
+def turn_spans(turn: int, pieces: Sequence[str], first: int, *, opened: bool = False) -> list[Span]:
     """Spans of one turn whose tokens, from number ``first`` on, read as ``pieces``.
 
     ``opened``: the prompt has opened the reasoning already. Tokens of markers and white space beside them belong to

@@ -10,7 +10,7 @@ from personaspace.store.location import open_folder
 
 Add = Callable[[str, str, Callable[[argparse.Namespace, Sequence[str]], int]], argparse.ArgumentParser]
 """Adds an action with a help text and what carries it out."""
-FORMATS = ("assistant-axis", "safetensors", "gguf", "parquet", "dataset")
+FORMATS = ("assistant-axis", "safetensors", "gguf", "parquet", "dataset", "transcripts")
 
 
 def add_exchange(add: Add) -> None:
@@ -23,12 +23,13 @@ def add_exchange(add: Add) -> None:
         required=True,
         choices=FORMATS,
         help="assistant-axis: that project's output folder; safetensors: axis and role vectors with a JSON manifest; "
-        "gguf: a control vector for llama.cpp; parquet: role vectors; dataset: a Hugging Face dataset folder",
+        "gguf: a control vector for llama.cpp; parquet: role vectors; dataset: a Hugging Face dataset folder; "
+        "transcripts: conversations of several turns, as JSON",
     )
     export.add_argument("--roles", nargs="+", default=(), metavar="ROLE", help="only these (gguf: the direction to it)")
     export.add_argument("--layers", nargs="+", type=int, default=(), metavar="LAYER", help="only these")
     export.add_argument("--scores", metavar="JUDGE", help="whose scores, where several judged")
-    export.add_argument("--sample", type=int, help="assistant-axis: this one, where a prompt and question have several")
+    export.add_argument("--sample", type=int, help="only this one (assistant-axis needs it where there are several)")
     export.add_argument("--model-hint", metavar="KIND", help="gguf: such as llama; default: the model's name")
     export.add_argument("--license", default="other", help="dataset: of the card; default: other")
     export.add_argument("--overwrite", action="store_true", help="replace what is at DEST")

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from personaspace.extract.catalogue import KINDS, POLES, Question, Role, trait_of
 from personaspace.extract.catalogue_files import BUILTIN, builtin_version, load_all
+from personaspace.extract.scenarios import Scenario, holds_scenarios, load_scenarios
 from personaspace.store.errors import InputError
 from personaspace.store.manifest import catalogue_hash
 
@@ -21,6 +22,7 @@ EPILOG = """\
 examples:
   personaspace personas ls --kind fantastical
   personaspace personas ls --traits
+  personaspace personas ls --scenarios --kind therapy
   personaspace personas show ghost calm q017
   personaspace personas validate my-roles.yaml
   personaspace personas import assistant-axis/data/roles my-roles.yaml
@@ -37,7 +39,7 @@ def add_personas(commands: Any) -> None:
     """Add `personas` and what it can do to the command line's parser."""
     personas = commands.add_parser(
         "personas",
-        help="ls, show, validate, import: the catalogue of roles, traits and questions",
+        help="ls, show, validate, import: the catalogue of roles, traits, questions and scenarios",
         description=__doc__,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -45,12 +47,15 @@ def add_personas(commands: Any) -> None:
     actions = personas.add_subparsers(dest="action", required=True, metavar="ACTION")
     sources = "YAML files, folders of them, or assistant-axis folders and JSONL files (default: the built-in catalogue)"
 
-    ls = actions.add_parser("ls", help="list roles, traits or questions", allow_abbrev=False)
+    ls = actions.add_parser("ls", help="list roles, traits, questions or scenarios", allow_abbrev=False)
     ls.add_argument("sources", nargs="*", default=[BUILTIN], metavar="SOURCE", help=sources)
-    ls.add_argument("--kind", help=f"only roles of this kind: {', '.join(KINDS)}; or questions of this category")
+    ls.add_argument(
+        "--kind", help=f"only roles of this kind: {', '.join(KINDS)}; or questions or scenarios of this category"
+    )
     which = ls.add_mutually_exclusive_group()
     which.add_argument("--traits", action="store_true", help="traits instead of roles")
     which.add_argument("--questions", action="store_true", help="questions instead of roles")
+    which.add_argument("--scenarios", action="store_true", help="conversations of several turns instead of roles")
 
     show = actions.add_parser("show", help="one or more entries in full, with their prompts", allow_abbrev=False)
     show.add_argument("ids", nargs="+", metavar="ID")
@@ -83,7 +88,11 @@ def run_personas(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
 
 def _ls(parsed: argparse.Namespace) -> int:
     roles, questions = _load(parsed.sources)
-    if parsed.questions:
+    scenarios = load_scenarios(parsed.sources) if parsed.scenarios else []
+    if parsed.scenarios:
+        headings = ("id", "domain", "topic")
+        rows = [(scenario.id, scenario.domain, scenario.topic) for scenario in scenarios]
+    elif parsed.questions:
         headings = ("id", "category", "question")
         rows = [(q.id, q.category, q.text) for q in questions]
     elif parsed.traits:
@@ -104,16 +113,18 @@ def _ls(parsed: argparse.Namespace) -> int:
         table.add_row(*map(escape, row))
     console = Console()
     console.print(table)
-    console.print(f"{len(rows)} of {_describe(parsed.sources, roles, questions)}", highlight=False)
+    console.print(f"{len(rows)} of {_describe(parsed.sources, roles, questions, scenarios)}", highlight=False)
     return 0
 
 
 def _show(parsed: argparse.Namespace) -> int:
     roles, questions = _load(parsed.sources)
+    scenarios = load_scenarios([source for source in parsed.sources if holds_scenarios(source)])
     for number, name in enumerate(parsed.ids):
         found = [role for role in roles if name in (role.id, trait_of(role))]
         asked = [question for question in questions if question.id == name]
-        if not found and not asked:
+        held = [scenario for scenario in scenarios if scenario.id == name]
+        if not found and not asked and not held:
             raise InputError(
                 f"personas show: nothing is called {name!r}. `personaspace personas ls` lists what there is."
             )
@@ -127,6 +138,11 @@ def _show(parsed: argparse.Namespace) -> int:
                 print(f"  has instructions of its own for a judge: {len(role.judge)} characters")
         for question in asked:
             print(f"{question.id}  ({question.category})\n  {question.text}")
+        for scenario in held:
+            print(f"{scenario.id}  ({scenario.domain})\n  {scenario.topic}")
+            print(f"  system: {scenario.system or '(no system prompt)'}\n  user: {scenario.user or 'not described'}")
+            for turn in scenario.turns:
+                print(f"  - {turn}")
     return 0
 
 
@@ -134,7 +150,8 @@ def _validate(parsed: argparse.Namespace) -> int:
     from personaspace.extract.catalogue_check import find_faults, most_alike
 
     roles, questions = _load(parsed.sources)
-    faults = find_faults(roles, questions)
+    scenarios = load_scenarios([source for source in parsed.sources if holds_scenarios(source)])
+    faults = find_faults(roles, questions, scenarios)
     for fault in faults:
         print(fault)
     kinds = Counter(role.kind for role in roles if not role.pole)
@@ -143,11 +160,14 @@ def _validate(parsed: argparse.Namespace) -> int:
     categories = Counter(question.category for question in questions)
     if categories:
         print("questions: " + ", ".join(f"{count} {category}" for category, count in categories.items()))
-    for what, pair in most_alike(roles, questions).items():
+    domains = Counter(scenario.domain for scenario in scenarios)
+    if domains:
+        print("scenarios: " + ", ".join(f"{count} {domain}" for domain, count in domains.items()))
+    for what, pair in most_alike(roles, questions, scenarios).items():
         both = pair.one if pair.one == pair.other else f"{pair.one} and {pair.other}"
         print(f"{what}: most alike are two of {both}, similarity {pair.similarity:.2f}")
     verdict = f"faults: {len(faults)}" if faults else "sound"
-    print(f"{verdict}; {_describe(parsed.sources, roles, questions)}")
+    print(f"{verdict}; {_describe(parsed.sources, roles, questions, scenarios)}")
     return 2 if faults else 0
 
 
@@ -183,10 +203,16 @@ def _load(sources: Sequence[str]) -> tuple[list[Role], list[Question]]:
     return [role for roles, _ in loaded for role in roles], [asked for _, questions in loaded for asked in questions]
 
 
-def _describe(sources: Sequence[str], roles: Sequence[Role], questions: Sequence[Question]) -> str:
+def _describe(
+    sources: Sequence[str],
+    roles: Sequence[Role],
+    questions: Sequence[Question],
+    scenarios: Sequence[Scenario] = (),
+) -> str:
     poles = sum(bool(role.pole) for role in roles)
     hash_ = catalogue_hash({"roles": [asdict(role) for role in roles], "questions": [asdict(q) for q in questions]})
     names = ", ".join(f"{BUILTIN} (version {builtin_version()})" if name == BUILTIN else name for name in sources)
     parts = {"roles": len(roles) - poles, "traits": poles // 2, "questions": len(questions)}
+    parts["scenarios"] = len(scenarios)
     counted = [f"{count} {what if count > 1 else what[:-1]}" for what, count in parts.items() if count]
     return f"{', '.join(counted)} in {names}, hash {hash_}"

@@ -17,6 +17,7 @@ from personaspace.extract.personas import PersonaPlan, PlannedRollout
 from personaspace.extract.preview import ShownToken, list_averages, show_tokens
 from personaspace.extract.reductions import Readout, plan_arrays
 from personaspace.extract.rollouts import AWAITED, awaited_rollout, imported_rollout
+from personaspace.extract.scenarios import Script
 from personaspace.store.errors import InputError
 from personaspace.store.location import run_folder
 from personaspace.store.manifest import read_manifest
@@ -48,7 +49,7 @@ def preview(config: RunConfig, *, count: int, role: str | None, html: Path | Non
     arrays = plan_arrays(config.extract.sites, config.extract.reductions, config.extract.layers)
     rows = _choose(plan, role, count)
     stored = _stored(config, {row.rollout_id for row in rows})
-    shown: list[tuple[Rollout, str]] = []
+    shown: list[tuple[Rollout, str, Script | None]] = []
     for row in rows:
         name = plan.roles[row.role_id].id
         rollout = stored.get(row.rollout_id)
@@ -56,7 +57,7 @@ def preview(config: RunConfig, *, count: int, role: str | None, html: Path | Non
             rollout = imported_rollout(row, name, chat=chat, max_positions=checkpoint.max_positions)
         elif rollout is None:
             rollout = awaited_rollout(row, name, chat=chat)
-        shown.append((rollout, plan.questions[row.question].id))
+        shown.append((rollout, plan.questions[row.question].id, row.script))
     console = Console(highlight=False)
     _print(console, shown, arrays, chat)
     if html is not None:
@@ -94,7 +95,7 @@ def _stored(config: RunConfig, ids: set[str]) -> dict[str, Rollout]:
 
 
 def _print(
-    console: Console, shown: Sequence[tuple[Rollout, str]], arrays: Sequence[ArraySpec], chat: ChatFormat
+    console: Console, shown: Sequence[tuple[Rollout, str, Script | None]], arrays: Sequence[ArraySpec], chat: ChatFormat
 ) -> None:
     legend = Text("averaged: ")
     if console.color_system is None:
@@ -107,11 +108,13 @@ def _print(
     names = ", ".join(spec.path for spec in arrays)
     console.print(f"arrays: {names}; chat template {chat.template_hash}", soft_wrap=True)
     readout = Readout.of_arrays(arrays)
-    for rollout, question in shown:
-        console.print(_panel(rollout, question, readout, chat, marked=console.color_system is None))
+    for rollout, question, script in shown:
+        console.print(_panel(rollout, question, script, readout, chat, marked=console.color_system is None))
 
 
-def _panel(rollout: Rollout, question: str, readout: Readout, chat: ChatFormat, *, marked: bool) -> Panel:
+def _panel(
+    rollout: Rollout, question: str, script: Script | None, readout: Readout, chat: ChatFormat, *, marked: bool
+) -> Panel:
     averages = list_averages(readout, rollout.spans) if rollout.spans else []
     tokens = show_tokens(chat, [*rollout.prompt_token_ids, *rollout.response_token_ids], averages)
     body = Text()
@@ -127,6 +130,7 @@ def _panel(rollout: Rollout, question: str, readout: Readout, chat: ChatFormat, 
         body.append(CLOSING)
     if rollout.finish_reason == AWAITED:
         body.append(" the response comes here; all of its tokens count ", style="italic")
+        body.append(_to_come(script), style="dim")
     if rollout.dropped is not None:
         body.append(f"\ndropped: {rollout.dropped}", style="bold red")
     for average in averages:
@@ -139,6 +143,14 @@ def _panel(rollout: Rollout, question: str, readout: Readout, chat: ChatFormat, 
         title_align="left",
         subtitle_align="left",
     )
+
+
+def _to_come(script: Script | None) -> str:
+    """What else the user will say in a conversation that is not held yet."""
+    if script is None:
+        return ""
+    told = [f"\nturn {number} of {script.turns}, user: {text}" for number, text in enumerate(script.said[1:], start=2)]
+    return "".join(told) or f"\n{script.turns} turns; the user is played: {script.user}"
 
 
 def _kind(token: ShownToken, *, response: bool) -> str | None:

@@ -22,6 +22,7 @@ from personaspace.cluster.watching.watch import Watch
 from personaspace.config import RunConfig, stored_config
 from personaspace.extract.checkpoint import means_folder
 from personaspace.store.catalog import REPORT
+from personaspace.store.formats.role_names import SCENARIO
 from personaspace.store.manifest import require_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.verify import Verification
@@ -31,6 +32,9 @@ def carry_out(config: RunConfig, steps: Sequence[str]) -> None:
     """Do some of `generate`, `extract`, `fit` and `report`, in this order; each continues from what is committed."""
     with orderly_end():
         job = _prepare(config)
+        if len(steps) > 1 and all(role.kind == SCENARIO for role in job.plan.roles):
+            steps = [step for step in steps if step not in ("fit", "report")]
+            print("the run holds conversations alone, of which no persona space is made: no fit, no report", flush=True)
         if "fit" in steps:
             spec = fitted_array(config.analysis, job.manifest.arrays)
             target_layer(config.analysis, spec.wanted_layers(job.layout))

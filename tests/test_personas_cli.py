@@ -42,7 +42,7 @@ def test_shows_entries_in_full(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_validates(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     sound = said(capsys, "validate")
-    assert sound.splitlines()[-1].startswith("sound; 276 roles, 240 traits, 240 questions in builtin")
+    assert sound.splitlines()[-1].startswith("sound; 276 roles, 240 traits, 240 questions, 40 scenarios in builtin")
     assert "prompts: most alike are two of " in sound
     file = tmp_path / "ours.yaml"
     file.write_text(yaml.safe_dump({"roles": [{"id": "keeper", "prompts": ["You keep the {thing}."]}]}))

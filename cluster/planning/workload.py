@@ -17,6 +17,8 @@ MEDIAN_RESPONSE = 400
 """Tokens of a chat model's answer to an open question, if it may end it: the median. An assumption, like the next."""
 RESPONSE_SPREAD = 1.0
 """Standard deviation of the logarithm of such lengths."""
+PLAYED_TURN = 50
+"""Tokens of a user's turn in a conversation, where a model plays the user: an assumption."""
 TEMPLATE_TOKENS = 15
 """Tokens that a chat template adds to a prompt of two messages: a typical value."""
 CHARACTERS_PER_TOKEN = 4.9
@@ -58,7 +60,7 @@ class Workload:
     window_rows: int
     """Rollouts in a full window."""
     batches: int
-    """Groups of rollouts that are decoded together."""
+    """Groups of rollouts that are decoded together; a group of conversations counts once for each turn."""
     batch_rows: int
     """Rollouts in a full one."""
     prompt_tokens: float
@@ -132,10 +134,12 @@ def count_work(
     window = windows(range(layout.units), layout.unit_rows, extract.window_rows)
     batch = windows(range(layout.units), layout.unit_rows, generate.batch_rows)
     imported = generate.responses is not None
-    prompt = _prompt_tokens(plan) if prompt_tokens is None else prompt_tokens
     response = response_tokens
     if response is None:
         response = _imported_tokens(plan) if imported else expected_response(generate.max_new_tokens)
+    prompt = _prompt_tokens(plan, response) if prompt_tokens is None else prompt_tokens
+    # A conversation is decoded turn by turn. Each turn is counted at the length of the last: rather too much.
+    turns = sum(row.turns if row.script else 1 for row in plan.rows) / len(plan.rows)
     text_bytes = layout.rows * (prompt + response) * BYTES_PER_TOKEN + layout.units * PART_BYTES
     return Workload(
         roles=len(plan.roles),
@@ -148,7 +152,7 @@ def count_work(
         segments=places // len(extract.sites),
         windows=len(window),
         window_rows=min(layout.rows, len(window[0]) * layout.unit_rows),
-        batches=0 if imported else len(batch),
+        batches=0 if imported else math.ceil(len(batch) * turns),
         batch_rows=min(layout.rows, len(batch[0]) * layout.unit_rows),
         prompt_tokens=prompt,
         response_tokens=response,
@@ -171,8 +175,16 @@ def _normal(x: float) -> float:
     return 0.5 * (1 + math.erf(x / math.sqrt(2)))
 
 
-def _prompt_tokens(plan: PersonaPlan) -> float:
-    return _mean([sum(len(message["content"]) for message in row.messages) for row in plan.rows]) + TEMPLATE_TOKENS
+def _prompt_tokens(plan: PersonaPlan, response: float) -> float:
+    """Mean tokens before the last response; in a conversation, with ``response`` tokens in each earlier turn."""
+    mean = _mean([sum(len(message["content"]) for message in row.messages) for row in plan.rows]) + TEMPLATE_TOKENS
+    scripts = [row.script for row in plan.rows if row.script is not None]
+    if scripts:
+        said = sum(len(text) for script in scripts for text in script.said[1:]) / CHARACTERS_PER_TOKEN
+        played = sum(PLAYED_TURN * (script.turns - len(script.said)) for script in scripts)
+        answered = sum((script.turns - 1) * (response + TEMPLATE_TOKENS) for script in scripts)
+        mean += (said + played + answered) / len(plan.rows)
+    return mean
 
 
 def _imported_tokens(plan: PersonaPlan) -> float:

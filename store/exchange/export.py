@@ -8,6 +8,7 @@ import numpy as np
 
 from personaspace.store.errors import InputError
 from personaspace.store.exchange.export_runs import choose_rollouts, rollout_tables, write_assistant_axis
+from personaspace.store.exchange.export_transcripts import write_transcripts
 from personaspace.store.formats.directions import Directions, some
 from personaspace.store.formats.gguf_files import write_control_vector
 from personaspace.store.formats.hf_dataset import DatasetCard, write_dataset
@@ -24,6 +25,7 @@ EXPORTS: Mapping[str, str] = {
     "gguf": "control vector for llama.cpp and repeng: the axis, or the way to one role",
     "parquet": "role vectors of the fit, one row per role and layer",
     "dataset": "Hugging Face dataset folder with a card: rollouts, scores and role vectors",
+    "transcripts": "folder of conversations of several turns, each a transcript JSON of the reference project",
 }
 
 
@@ -44,15 +46,17 @@ def export(
     """Write a run, or its fit, to ``destination`` in one of the formats of ``EXPORTS``; whole, or not at all.
 
     ``roles`` and ``layers``: only these (default: all that is stored; of a fit, the axis remains that of all roles).
-    ``scores``: whose, where several judged. ``sample``: only this one, for the reference format, which has a place for
-    one response to each prompt and question. ``model_hint``: kind of model for GGUF (default: the model's name).
+    ``scores``: whose, where several judged. ``sample``: only this one; the reference format has a place for one
+    response to each prompt and question. ``model_hint``: kind of model for GGUF (default: the model's name).
     Rollouts that are dropped or pending are left out, and counted. Raises InputError for whatever is not there.
     """
     if format not in EXPORTS:
         raise InputError(f"export: {format!r} is not a format; choose one of {', '.join(EXPORTS)}.")
     manifest = require_manifest(folder)
     refuse_bad_place(destination)
-    if format in ("assistant-axis", "dataset"):
+    if format == "transcripts":
+        write_transcripts(folder, manifest, destination, roles=roles, sample=sample, overwrite=overwrite, say=say)
+    elif format in ("assistant-axis", "dataset"):
         part = choose_rollouts(folder, roles=roles, sample=sample, scores=scores, say=say)
         directions = None
         if space_objects(folder) is None:

@@ -7,6 +7,8 @@ from personaspace.store.errors import InputError
 
 DEFAULT_ROLE = "default"
 """The role that is no role: the model as itself."""
+SCENARIO = "scenario"
+"""Kind of the roles whose rollouts are conversations of several turns: no personas, and no space is made of them."""
 
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
