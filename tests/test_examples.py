@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from personaspace.config import load_config
+from personaspace.extract.personas import plan_personas
 from tests.models import tiny_checkpoint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -17,3 +19,11 @@ def test_read_activations(tmp_path: Path) -> None:
     assert "resid_post_last_prompt  (rollout, layer, hidden)" in done.stdout
     assert "so their last tokens are, too: True" in done.stdout
     assert "steered, the assistant's answer lies nearer to the ghost's" in done.stdout
+
+
+def test_conversations() -> None:
+    """What it asks for can be planned; tests/cluster/test_conversations.py holds such conversations."""
+    config = load_config(EXAMPLES / "conversations.yaml")
+    plan = plan_personas(config.personas, model_name="x", generation="g")
+    assert len(plan.rows) == len(config.personas.only_scenarios) == 16
+    assert {row.turns for row in plan.rows} == {8}
