@@ -14,6 +14,7 @@ from personaspace.config import load_config, stored_config, with_judge_flags
 from personaspace.extract.judging.config import JudgeConfig
 from personaspace.store.config import StoreConfig
 from personaspace.store.errors import InputError
+from personaspace.store.interruption import orderly_end
 from personaspace.store.location import open_folder, run_folder
 from personaspace.store.manifest import require_manifest
 from personaspace.store.objects import Folder
@@ -86,7 +87,6 @@ def _judge(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
     folder, config, store, cluster = _target(parsed.target)
     config = with_judge_flags(config, flags, prog=prog)
     # Heavy libraries load here, so that --help and bad flags answer at once.
-    from personaspace.cluster.session import orderly_end
     from personaspace.judging import JudgeOptions, judge_run
 
     options = JudgeOptions(

@@ -15,7 +15,7 @@ from personaspace.cluster.generation import generate
 from personaspace.cluster.job import Job, prepare
 from personaspace.cluster.nodes import check_nodes, model_files
 from personaspace.cluster.repair import adopt_whole, slots_to_redo
-from personaspace.cluster.session import check_shared_paths, hold_run, orderly_end, ray_cluster
+from personaspace.cluster.session import check_shared_paths, hold_run, ray_cluster
 from personaspace.cluster.sharding import check_sharding
 from personaspace.cluster.watching.progress import ProgressDisplay
 from personaspace.cluster.watching.watch import Watch
@@ -23,13 +23,14 @@ from personaspace.config import RunConfig, stored_config
 from personaspace.extract.checkpoint import means_folder
 from personaspace.judging import JudgeOptions, check_judge_config, judge_run
 from personaspace.store.catalog import REPORT
+from personaspace.store.interruption import orderly_end
 from personaspace.store.manifest import require_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.verify import Verification
 
 
 def carry_out(config: RunConfig, steps: Sequence[str]) -> None:
-    """Do some of `generate`, `extract`, `judge`, `fit` and `report`, in this order; each goes on from what is committed.
+    """Do some of `generate`, `extract`, `judge`, `fit` and `report`, in this order; each continues what is committed.
 
     `judge` is left out where the config names none.
     """

@@ -79,8 +79,7 @@ def describe_estimate(found: Estimate, config: JudgeConfig) -> str:
     lines = [
         f"to judge: {found.rows:,} rollouts with {config.model}",
         f"prompts: about {found.prompt_tokens:,.0f} tokens ({found.bytes_per_token:.1f} bytes a token, {counted})",
-        f"answers: about {found.completion_tokens:,.0f} tokens, at most {found.most_completion_tokens:,} "
-        f"({config.max_tokens} each)",
+        f"answers: about {found.completion_tokens:,.0f} tokens, at most {found.most_completion_tokens:,}",
     ]
     if found.usd is None:
         lines.append("cost: unknown; judge.price_in and judge.price_out (USD per million tokens) would tell it")

@@ -118,7 +118,7 @@ class JudgingSession:
         self, missing: Mapping[int, Sequence[int]], tasks: asyncio.Queue[tuple[int, Task] | None]
     ) -> None:
         for unit, rows in missing.items():
-            for task in await asyncio.to_thread(lambda unit=unit, rows=rows: [*self._load(unit, rows)]):
+            for task in await asyncio.to_thread(list, self._load(unit, rows)):
                 await tasks.put((unit, task))
         for _ in range(self._config.concurrency):
             await tasks.put(None)
@@ -257,7 +257,7 @@ class JudgingSession:
 
     def _count(self, **more: int) -> None:
         counts = {name: getattr(self._progress, name) + number for name, number in more.items()}
-        self._progress = replace(self._progress, **counts)  # type: ignore[arg-type]
+        self._progress = replace(self._progress, **counts)
 
     def _tell(self) -> None:
         self._progress = replace(
