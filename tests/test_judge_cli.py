@@ -96,7 +96,7 @@ def test_the_judge_of_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["RUN", "--model", "m", "--roles", "gost"], "judge.roles: the run has no role 'gost'. It has default, poet"),
         (
             ["RUN", "--model", "m", "--concurrency", "0"],
-            "judge.concurrency: Input should be greater than or equal to 1",
+            "judge.concurrency: Input should be greater than",
         ),
         (["RUN", "--model", "m", "--instructions", "nowhere.yaml"], "judge.instructions: nowhere.yaml: cannot be read"),
         (["RUN", "--model", "m", "--name", "../x"], "judge"),

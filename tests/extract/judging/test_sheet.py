@@ -1,8 +1,11 @@
 import csv
+import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import sync_playwright
 
 from personaspace.analysis.agreement import agreement_of_run
 from personaspace.extract.judging.sheet import read_sheet, write_sheet
@@ -117,3 +120,27 @@ def test_unknown_judges_and_files_are_refused(folder: LocalFolder, tmp_path: Pat
         write_sheet(folder, tmp_path / "sheet.xlsx", judge="machine", count=3)
     with pytest.raises(InputError, match=r"no scores of 'nobody'"):
         agreement_of_run(folder, "machine", "nobody")
+
+
+@pytest.mark.browser
+def test_the_page_saves_what_was_filled_in(folder: LocalFolder, tmp_path: Path) -> None:
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        assert not os.environ.get("PERSONASPACE_REQUIRE_BROWSER"), "there is no Chromium"
+        pytest.skip("NOT TESTED: the page in a browser, since there is no Chromium")
+    file = tmp_path / "sheet.html"
+    write_sheet(folder, file, judge="machine", count=4)
+    with sync_playwright() as driver:
+        page = driver.chromium.launch(executable_path=path, args=["--no-sandbox"]).new_page()
+        page.goto(file.as_uri())
+        for place, score in enumerate("102"):
+            page.locator("section").nth(place).locator(f"input[value='{score}']").check()
+        page.locator("section input[type=text]").first.fill('a "note", with a comma')
+        assert page.locator("#state").inner_text() == "3 of 4 scored"
+        with page.expect_download() as download:
+            page.locator("#save").click()
+        download.value.save_as(tmp_path / "filled.csv")
+    assert read_sheet(folder, tmp_path / "filled.csv") == 3
+    given = [score for unit in read_judgements(folder, "human").values() for score in unit.scores.values()]
+    assert sorted(score.score for score in given) == [0, 1, 2]
+    assert 'a "note", with a comma' in {score.reason for score in given}
