@@ -28,7 +28,8 @@ from personaspace.store.manifest import Manifest, refuse_frozen, require_manifes
 from personaspace.store.objects import Folder
 from personaspace.store.patience import PatientFolder
 from personaspace.store.provenance import session_entry
-from personaspace.store.scores import check_judge, read_judgements
+from personaspace.store.records import committed_slots
+from personaspace.store.scores import SCORES, check_judge, read_judgements
 
 DECIDES = ("model", "instructions_hash", "temperature", "extra_body")
 """What of a judge decides its scores."""
@@ -141,8 +142,11 @@ def judge_name(config: JudgeConfig, about: Mapping[str, Any]) -> str:
 def check_same_judge(folder: Folder, name: str, about: Mapping[str, Any]) -> None:
     """Raise InputError if the name belongs to another judge."""
     ledger = read_ledger(folder, name)
-    judgements = read_judgements(folder, name)
-    known = [ledger.about] if ledger else [judgement.about for judgement in judgements.values()][:1]
+    if ledger is not None:
+        known = [ledger.about]
+    else:  # A copy of a run has no ledgers, and humans have none.
+        units = [unit for array, unit, _ in committed_slots(folder) if array == f"{SCORES}.{name}"]
+        known = [judgement.about for judgement in read_judgements(folder, name, units[:1]).values()]
     for other in known:
         different = [key for key in DECIDES if json.dumps(other.get(key)) != json.dumps(about.get(key))]
         if different:

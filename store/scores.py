@@ -7,6 +7,7 @@ score. A rollout's score is final; a part gets a next generation where more of i
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,6 +23,8 @@ from personaspace.store.location import check_run_name
 from personaspace.store.objects import Folder
 from personaspace.store.parquet import decode_table, encode_table
 from personaspace.store.records import (
+    READ_THREADS,
+    Record,
     Slot,
     committed_slots,
     copy_key,
@@ -188,14 +191,18 @@ def read_judgements(folder: Folder, judge: str, units: Iterable[int] | None = No
         for slot, number in committed_slots(folder).items()
         if slot[0] == f"{SCORES}.{check_judge(judge)}" and (chosen is None or slot[1] in chosen)
     }
-    found: dict[int, Judgement] = {}
-    for (_, unit, _), record in read_slots(folder, wanted).items():
-        table = decode_table(read_object(folder, record.objects[0]), SCHEMA)
-        said = {key: json.loads(text) for key, text in (table.schema.metadata or {}).items()}
-        found[unit] = Judgement(
-            scores={entry["row"]: Score(**entry) for entry in table.to_pylist()},
-            unjudged={int(row): why for row, why in said.get(_UNJUDGED, {}).items()},
-            about=said.get(_ABOUT, {}),
-            generation=record.generation,
-        )
-    return found
+    records = {unit: record for (_, unit, _), record in read_slots(folder, wanted).items()}
+    with ThreadPoolExecutor(READ_THREADS) as threads:
+        judgements = threads.map(lambda record: _judgement(folder, record), records.values())
+        return dict(zip(records, judgements, strict=True))
+
+
+def _judgement(folder: Folder, record: Record) -> Judgement:
+    table = decode_table(read_object(folder, record.objects[0]), SCHEMA)
+    said = {key: json.loads(text) for key, text in (table.schema.metadata or {}).items()}
+    return Judgement(
+        scores={entry["row"]: Score(**entry) for entry in table.to_pylist()},
+        unjudged={int(row): why for row, why in said.get(_UNJUDGED, {}).items()},
+        about=said.get(_ABOUT, {}),
+        generation=record.generation,
+    )

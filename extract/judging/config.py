@@ -47,7 +47,7 @@ class JudgeConfig:
     """Requests begun in a minute, at most. Default: no limit but the endpoint's own."""
     timeout: Annotated[float, Gt(0)] = 60.0
     """Seconds that one request may take."""
-    attempts: Annotated[int, Ge(1)] = 8
+    attempts: Annotated[int, Ge(1)] = 10
     """Times that a request is sent while the endpoint fails (429, 5xx, time-outs, lost connections)."""
     first_pause: Annotated[float, Gt(0)] = 0.5
     """Seconds before the second attempt, on average; doubled from one to the next, up to a minute."""

@@ -18,10 +18,12 @@ class Pace:
     async def turn(self) -> None:
         """Wait until a request may be sent."""
         loop = asyncio.get_running_loop()
-        turn = max(loop.time(), self._next)
-        self._next = turn + self._interval
-        while (now := loop.time()) < (until := max(turn, self._held_until)):
-            await asyncio.sleep(until - now)
+        turn = -1.0
+        while turn < self._held_until or turn < 0:
+            # Whoever was held back on the way takes a new turn, so that all don't go at once afterwards.
+            turn = max(loop.time(), self._next, self._held_until)
+            self._next = turn + self._interval
+            await asyncio.sleep(turn - loop.time())
 
     def hold(self, seconds: float) -> None:
         """Let nobody send anything for so long."""

@@ -1,9 +1,12 @@
 """A local model that judges: real actors on real Ray."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 
 from personaspace.cluster.config import ClusterConfig
 from personaspace.cluster.judges import GREEDY, LocalJudge, local_judge
@@ -14,8 +17,13 @@ from personaspace.extract.generate.transformers_engine import TransformersEngine
 from personaspace.extract.judging.config import JudgeConfig
 from personaspace.extract.judging.endpoint import RefusedRequestError, Reply
 from personaspace.judging import JudgeOptions, judge_run
+from personaspace.run import carry_out
+from personaspace.store import open_run
+from personaspace.store.errors import InputError
 from personaspace.store.scores import read_judgements
-from tests.extract.judging.runs import make_run
+from tests.cluster.small_jobs import config_for, make_place, talk
+from tests.extract.judging.chat_server import ChatServer, expected_score
+from tests.extract.judging.runs import KEY, make_run, settings
 from tests.models import tiny_checkpoint
 
 CLUSTER = ClusterConfig(device="cpu", replicas=1)
@@ -52,8 +60,37 @@ def test_actors_answer_as_the_engine_does(model: Path) -> None:
 
 def test_a_model_that_can_not_judge_leaves_a_reason_for_every_rollout(model: Path, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", rows=16)
-    config = JudgeConfig(model=str(model), engine="local", max_tokens=8, asks=2, name="tiny", concurrency=8)
+    short = tmp_path / "judge.yaml"  # The tiny model's context is short.
+    texts = {"system": "", "role": "{role} {question} {answer}", "trait": "{description} {question} {answer}"}
+    short.write_text(yaml.safe_dump({"version": 1, **texts, "form": "0 to 3?", "reminder": "0 to 3?"}))
+    config = JudgeConfig(
+        model=str(model),
+        engine="local",
+        instructions=str(short),
+        max_tokens=8,
+        asks=2,
+        name="tiny",
+        concurrency=8,
+    )
     judge_run(folder, config, JudgeOptions(), cluster=CLUSTER)
     unjudged = {row: why for unit in read_judgements(folder, "tiny").values() for row, why in unit.unjudged.items()}
     assert unjudged.keys() == set(range(4, 16))
     assert all(why.startswith("no score in 2 answers; the last: ") for why in unjudged.values())
+
+
+def test_a_run_is_judged_between_its_other_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    talks = {role: [talk(f"Why {number}?", f"Answer {number}") for number in range(4)] for role in ("default", "ghost")}
+    place = make_place(tmp_path, talks)
+    config = config_for(place / "model", place / "responses", place, "run")
+    with ChatServer() as server:
+        judged = replace(config, judge=settings(server, budget=1))
+        carry_out(judged, ["generate", "judge"])
+        assert server.rows_asked == dict.fromkeys(range(4), 1)  # Of the ghost; the server goes by the texts.
+    scores = open_run(place / "run")["score"].values
+    assert np.isnan(scores[:4]).all()
+    assert scores[4:].tolist() == [expected_score(number) for number in range(4)]
+    monkeypatch.delenv("OPENAI_API_KEY")
+    far = replace(config, judge=JudgeConfig(model="m", base_url="https://judge.invalid/v1"))
+    with pytest.raises(InputError, match=r"the environment variable OPENAI_API_KEY is not set"):
+        carry_out(far, ["generate", "judge"])
