@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from personaspace.cluster.config import ClusterConfig
 from personaspace.cluster.replicas import alive_nodes
@@ -28,6 +28,8 @@ GATHER = 0.05
 """Seconds that a batch waits for more questions."""
 RESTARTS = 3
 """Times that Ray starts an actor anew."""
+RESTART_PAUSE = 0.5
+"""Seconds between two looks at an actor that is starting anew."""
 GREEDY = 1e-6
 """Nucleus that holds the most probable token only."""
 
@@ -154,12 +156,16 @@ class LocalJudge:
                     answer.set_exception(error)
 
     async def _is_gone(self, actor: Any) -> bool:
-        """Whether Ray has given the actor up."""
-        try:
-            await actor.answer.remote([], self._sampling)
-        except RayActorError:
-            return True
-        return False
+        """Whether Ray has given the actor up; otherwise it is ready again."""
+        while True:
+            try:
+                await actor.answer.remote([], self._sampling)
+            except ActorUnavailableError:
+                await asyncio.sleep(RESTART_PAUSE)
+            except RayActorError:
+                return True
+            else:
+                return False
 
 
 @contextmanager

@@ -97,6 +97,7 @@ def judge_run(
         write_manifest(fence, manifest, replace(manifest, sessions=sessions))
         patient = Fence(PatientFolder(fence.folder, options.patience), fence.epoch)
         progress = _session(patient, manifest, plan, judge, options, say)
+        fence.folder.clear_scratch()
     if progress.is_over_budget:
         raise BudgetError(
             f"judge.budget: of {config.budget:g} USD too little is left for another request; "

@@ -3,19 +3,21 @@
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import yaml
 
 from personaspace.cluster.config import ClusterConfig
-from personaspace.cluster.judges import GREEDY, LocalJudge, local_judge
+from personaspace.cluster.judges import GATHER, GREEDY, LocalJudge, local_judge
 from personaspace.extract.chat import ChatFormat
 from personaspace.extract.checkpoint import resolve
 from personaspace.extract.config import GenerateConfig, ModelConfig
 from personaspace.extract.generate.transformers_engine import TransformersEngine, load_causal_lm
 from personaspace.extract.judging.config import JudgeConfig
-from personaspace.extract.judging.endpoint import RefusedRequestError, Reply
+from personaspace.extract.judging.endpoint import FailedRequestError, RefusedRequestError, Reply
 from personaspace.judging import JudgeOptions, judge_run
 from personaspace.run import carry_out
 from personaspace.store import open_run
@@ -94,3 +96,26 @@ def test_a_run_is_judged_between_its_other_steps(tmp_path: Path, monkeypatch: py
     far = replace(config, judge=JudgeConfig(model="m", base_url="https://judge.invalid/v1"))
     with pytest.raises(InputError, match=r"the environment variable OPENAI_API_KEY is not set"):
         carry_out(far, ["generate", "judge"])
+
+
+def test_an_actor_that_dies_is_started_anew(model: Path) -> None:
+    config = JudgeConfig(model=str(model), engine="local", max_tokens=4, concurrency=4)
+    talks = [[{"role": "user", "content": f"What is {number}?"}] for number in range(12)]
+
+    async def ask(judge: LocalJudge, actor: Any) -> tuple[list[Reply | BaseException], Reply]:
+        await judge.ask(talks[0])
+        asked = [asyncio.create_task(judge.ask(talk)) for talk in talks]
+        await asyncio.sleep(GATHER)
+        ray.kill(actor, no_restart=False)
+        replies = await asyncio.gather(*asked, return_exceptions=True)
+        again = await judge.ask(talks[0])
+        await judge.close()
+        return replies, again
+
+    with local_judge(config, CLUSTER) as judge:
+        replies, again = asyncio.run(ask(judge, judge._actors[0]))
+    failed = [reply for reply in replies if not isinstance(reply, Reply)]
+    assert failed
+    assert all(isinstance(error, FailedRequestError) for error in failed), failed
+    assert "the judge's actor died" in str(failed[0])
+    assert again.prompt_tokens

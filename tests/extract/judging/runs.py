@@ -8,21 +8,27 @@ from personaspace.extract.judging.config import JudgeConfig
 from personaspace.store.layout import Layout
 from personaspace.store.lease import acquire
 from personaspace.store.local import LocalFolder
+from personaspace.store.objects import Folder
 from tests.extract.judging.chat_server import MODEL, PRICE_IN, PRICE_OUT, ChatServer
 from tests.store import small_runs
 
 KEY = "sk-this-must-never-be-seen-0123456789"
 
 
-def make_run(path: Path, rows: int = 24, unit_rows: int = 4, **changes: Any) -> LocalFolder:
+def make_run(path: Path, rows: int = 24, unit_rows: int = 4) -> LocalFolder:
+    """The run of `fill_run` in a local folder."""
+    folder = LocalFolder(path)
+    fill_run(folder, rows, unit_rows)
+    return folder
+
+
+def fill_run(folder: Folder, rows: int = 24, unit_rows: int = 4) -> None:
     """A run whose first unit is `default`'s, the second the poet's, and all others the hacker's. Responses say `Answer
     ROW`."""
-    folder = LocalFolder(path)
     layout = Layout(segments=(rows,), layers=2, hidden=3, unit_rows=unit_rows, layer_group=2)
     with acquire(folder, timeout=1, say=print) as lease:
-        small_runs.create(lease.fence, layout, **changes)
+        small_runs.create(lease.fence, layout)
         small_runs.commit_rollouts(lease.fence, layout, range(layout.units))
-    return folder
 
 
 def settings(server: ChatServer, **changes: Any) -> JudgeConfig:

@@ -11,11 +11,11 @@ from personaspace.judging import BudgetError, JudgeOptions, judge_run
 from personaspace.store import open_run
 from personaspace.store.errors import InputError
 from personaspace.store.judging import read_answers, read_ledger
-from personaspace.store.local import LocalFolder
+from personaspace.store.objects import Folder
 from personaspace.store.scores import Judgement, read_judgements
 from personaspace.store.verify import verify
 from tests.extract.judging.chat_server import BEHAVIOURS, ChatServer, expected_score
-from tests.extract.judging.runs import KEY, make_run, settings
+from tests.extract.judging.runs import KEY, fill_run, make_run, settings
 
 OPTIONS = JudgeOptions(lease_timeout=1, patience=0)
 JUDGED = range(4, 24)
@@ -28,15 +28,15 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
 
 
-def scores(folder: LocalFolder, judge: str = "judge") -> dict[int, float]:
+def scores(folder: Folder, judge: str = "judge") -> dict[int, float]:
     return {row: score.score for part in parts(folder, judge) for row, score in part.scores.items()}
 
 
-def unjudged(folder: LocalFolder) -> dict[int, str]:
+def unjudged(folder: Folder) -> dict[int, str]:
     return {row: why for part in parts(folder) for row, why in part.unjudged.items()}
 
 
-def parts(folder: LocalFolder, judge: str = "judge") -> list[Judgement]:
+def parts(folder: Folder, judge: str = "judge") -> list[Judgement]:
     return list(read_judgements(folder, judge).values())
 
 
@@ -44,7 +44,7 @@ def right(rows: range = JUDGED) -> dict[int, float]:
     return {row: float(expected_score(row)) for row in rows}
 
 
-def assert_key_nowhere(folder: LocalFolder, *texts: str) -> None:
+def assert_key_nowhere(folder: Folder, *texts: str) -> None:
     for text in texts:
         assert KEY not in text
     for entry in folder.list():
@@ -98,6 +98,15 @@ def test_everything_at_once_ends_scored_or_recorded_and_none_twice(
     assert_key_nowhere(folder, output.out, output.err, caplog.text)
     run = open_run(tmp_path / "run", scores="judge")
     assert float(run["score"][5]) == expected_score(5)
+
+
+def test_every_kind_of_storage(storage: Folder) -> None:
+    fill_run(storage)
+    with ChatServer(behaviour=lambda row, before: "500" if before == 0 and row % 5 == 0 else "good") as server:
+        judge_run(storage, settings(server, sample=5), OPTIONS)
+        judge_run(storage, settings(server), OPTIONS)
+    assert scores(storage) == right()
+    assert verify(storage).harmful == []
 
 
 def test_again_asks_about_what_could_not_be_scored_and_about_nothing_else(tmp_path: Path) -> None:
