@@ -97,7 +97,6 @@ def judge_run(
         write_manifest(fence, manifest, replace(manifest, sessions=sessions))
         patient = Fence(PatientFolder(fence.folder, options.patience), fence.epoch)
         progress = _session(patient, manifest, plan, judge, options, say)
-        fence.folder.clear_scratch()
     if progress.is_over_budget:
         raise BudgetError(
             f"judge.budget: of {config.budget:g} USD too little is left for another request; "
@@ -217,7 +216,7 @@ def _session(
             load=plan.load,
             report=display.report,
         )
-        progress = session.run(missing)
+        progress = session.run(missing, done_before=wanted - left)
     say(summary(plan.name, progress))
     return progress
 

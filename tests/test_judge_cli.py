@@ -37,6 +37,8 @@ def test_judging_comparing_and_checking(tmp_path: Path, capsys: pytest.CaptureFi
     assert found["only_first"] == 14
     assert main(["judge-agreement", str(run), "one", "two"]) == 0
     assert "6 rollouts scored by both (only one: 14, only two: 0)" in capsys.readouterr().out
+    assert main(["status", str(run)]) == 0
+    assert "judge      4/4 rollouts (100%)" in capsys.readouterr().out
     sheet = tmp_path / "sheet.csv"
     assert main(["judge-sheet", str(run), str(sheet), "--judge", "one", "--count", "5"]) == 0
     assert len(sheet.read_text().splitlines()) == 6

@@ -1,5 +1,6 @@
 """What a judging session keeps in the store: answers as they come, units when they are complete, and the ledger."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from personaspace.store.judging import (
 from personaspace.store.layout import Layout
 from personaspace.store.lease import Fence
 from personaspace.store.scores import Judgement, Score, commit_scores, read_judgements
+from personaspace.store.sessions import Outcome, SessionProgress, StepProgress, write_session
 
 
 class Keeper:
@@ -112,6 +114,14 @@ class Keeper:
         for unit in sorted({row // self._layout.unit_rows for row in self._answers}):
             self.commit(unit)
         drop_answers(self._fence, [key for key, left in self._parts.items() if not left])
+
+    def tell(self, step: StepProgress, outcome: Outcome, message: str = "") -> None:
+        """Say how far the session is, for `personaspace status`."""
+        self._fence.check()
+        said = SessionProgress(
+            epoch=self._fence.epoch, written=time.time(), outcome=outcome, message=message, steps=(step,)
+        )
+        write_session(self._fence.folder, said)
 
     def _judgement(self, row: int) -> Judgement:
         return self._judgements.get(row // self._layout.unit_rows, Judgement())

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from personaspace.store.judging import Spending
+from personaspace.store.sessions import StepProgress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -11,6 +12,8 @@ class JudgingProgress:
 
     rows: int
     """Rollouts to judge in this session."""
+    done_before: int = 0
+    """Others that are wanted, by earlier sessions."""
     scored: int = 0
     unjudged: int = 0
     """That the judge could give no score."""
@@ -30,6 +33,20 @@ class JudgingProgress:
     @property
     def done(self) -> int:
         return self.scored + self.unjudged
+
+    def as_step(self, *, finished: bool = False) -> StepProgress:
+        """The same, as `personaspace status` shows it."""
+        return StepProgress(
+            step="judge",
+            rows=self.rows + self.done_before,
+            rows_before=self.done_before,
+            committed=self.done + self.done_before,
+            processed=self.done,
+            tokens=self.spending.prompt_tokens + self.spending.completion_tokens,
+            seconds=self.seconds,
+            finished=finished,
+            dropped=self.unjudged,
+        )
 
     @property
     def seconds_left(self) -> float | None:

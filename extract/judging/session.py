@@ -1,6 +1,7 @@
 """One session of a judge: many requests at once, each answer kept once, within a budget."""
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,10 +29,13 @@ from personaspace.extract.judging.progress import JudgingProgress
 from personaspace.extract.judging.work import Task
 from personaspace.store.errors import PersonaspaceError
 from personaspace.store.judging import Answer, Spending
+from personaspace.store.sessions import how_it_ended
 
 KEEP_EVERY = 2.0
 """Seconds between two parts of answers: what a killed session has to ask again."""
 REPORT_EVERY = 0.5
+TELL_EVERY = 15.0
+"""Seconds between two words for those who watch the run from elsewhere."""
 
 Outcome = TypeVar("Outcome")
 
@@ -76,21 +80,26 @@ class JudgingSession:
         self._storage = ThreadPoolExecutor(1, "judge-storage")
         """One thread: what is kept is kept in order."""
 
-    def run(self, missing: Mapping[int, Sequence[int]]) -> JudgingProgress:
-        """Judge rows (unit -> rows, in order); returns how it went.
+    def run(self, missing: Mapping[int, Sequence[int]], *, done_before: int = 0) -> JudgingProgress:
+        """Judge rows (unit -> rows, in order); returns how it went. ``done_before``: others that are wanted.
 
         Answers are kept as they come, so that an interruption loses those on their way only. Raises EndpointError where
         the endpoint is no good, StorageError and LeaseError as the store does.
         """
         self._left = {unit: len(rows) for unit, rows in missing.items() if rows}
-        self._progress = replace(self._progress, rows=sum(self._left.values()))
+        self._progress = replace(self._progress, rows=sum(self._left.values()), done_before=done_before)
+        ended: BaseException | None = None
         try:
             asyncio.run(self._run(missing))
-        except BaseExceptionGroup as group:
-            raise _first(group) from None
+        except BaseException as error:
+            ended = _first(error)
+            raise ended from None
         finally:
             self._storage.shutdown()
-        self._tell()
+            self._tell()
+            # The last word is for people; what it can't be said of is in the store all the same.
+            with suppress(PersonaspaceError):
+                self._keeper.tell(self._progress.as_step(finished=ended is None), *how_it_ended(ended))
         return self._progress
 
     async def _run(self, missing: Mapping[int, Sequence[int]]) -> None:
@@ -126,7 +135,11 @@ class JudgingSession:
     async def _tick(self) -> None:
         """Keep what came in, now and then, and tell how far it is."""
         kept = time.monotonic()
+        told = -math.inf
         while True:
+            if time.monotonic() - told >= TELL_EVERY:
+                told = time.monotonic()
+                await self._stored(partial(self._keeper.tell, self._progress.as_step(), "running"))
             await asyncio.sleep(REPORT_EVERY)
             self._tell()
             if time.monotonic() - kept >= KEEP_EVERY:
@@ -269,7 +282,6 @@ class JudgingSession:
         self._report(self._progress)
 
 
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first error of a group of groups."""
-    error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+def _first(error: BaseException) -> BaseException:
+    """The first error of a group, however deep; or the error itself."""
+    return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error

@@ -13,6 +13,7 @@ from personaspace.store.errors import InputError
 from personaspace.store.judging import read_answers, read_ledger
 from personaspace.store.objects import Folder
 from personaspace.store.scores import Judgement, read_judgements
+from personaspace.store.status import read_sessions
 from personaspace.store.verify import verify
 from tests.extract.judging.chat_server import BEHAVIOURS, ChatServer, expected_score
 from tests.extract.judging.runs import KEY, fill_run, make_run, settings
@@ -188,6 +189,7 @@ def test_a_useless_endpoint_stops_it_and_nothing_is_recorded(tmp_path: Path, beh
         with pytest.raises(EndpointError, match=message) as raised:
             judge_run(folder, settings(server, stop_after=6), OPTIONS)
         assert parts(folder) == []
+        assert read_sessions(folder)[-1].outcome == "failed"
         assert_key_nowhere(folder, str(raised.value))
         server.behaviour = lambda row, before: "good"
         judge_run(folder, settings(server), OPTIONS)
