@@ -19,6 +19,8 @@ def orderly_end() -> Iterator[None]:
     """Turn SIGTERM (`ray job stop`, a scheduler's warning) and Ctrl-C into one Interrupted error."""
 
     def stop(number: int, _: FrameType | None) -> None:
+        # `timeout` and some schedulers send it twice, and the end must not end in the middle. SIGKILL is left.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise KeyboardInterrupt(signal.Signals(number).name)
 
     previous = signal.signal(signal.SIGTERM, stop)
