@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import ray
@@ -16,19 +15,13 @@ from personaspace.cluster.config import ClusterConfig
 from personaspace.cluster.job import Job
 from personaspace.cluster.room import Node, Workers, room, share
 from personaspace.store.creation import refuse_foreign, write_run
-from personaspace.store.errors import InputError, PersonaspaceError
+from personaspace.store.errors import InputError
 from personaspace.store.holding import holding
 from personaspace.store.index import write_index
 from personaspace.store.lease import Fence
 from personaspace.store.location import is_local
 from personaspace.store.patience import PatientFolder
 from personaspace.store.provenance import session_entry
-
-
-class Interrupted(PersonaspaceError):
-    """Ctrl-C or SIGTERM. The run can be resumed."""
-
-    exit_code = 130
 
 
 @contextmanager
@@ -98,19 +91,3 @@ def share_cluster(config: ClusterConfig, nodes: Sequence[Node], actors: int) -> 
             "Lower cluster.stages, or set cluster.device to cpu."
         )
     return workers
-
-
-@contextmanager
-def orderly_end() -> Iterator[None]:
-    """Turn SIGTERM (`ray job stop`, a scheduler's warning) and Ctrl-C into one Interrupted error."""
-
-    def stop(number: int, _: FrameType | None) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        raise Interrupted("Interrupted. What is committed is safe; the same command resumes.") from interrupt
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from personaspace.config import load_config, print_flags
+from personaspace.judge_cli import COMMANDS as JUDGING
+from personaspace.judge_cli import add_judging, run_judging
 from personaspace.new_cli import add_new_command, run_new
 from personaspace.personas_cli import add_personas, run_personas
 from personaspace.plan_cli import add_plan_command, run_plan
@@ -14,7 +16,7 @@ from personaspace.store_cli import add_commands, run_store
 from personaspace.watch_cli import CONFIG_ENDINGS, add_watching, status, timeline
 
 STEPS = {
-    "run": "all steps: generate, extract, fit, report",
+    "run": "all steps: generate, extract, judge (if the config names one), fit, report",
     "generate": "sample (or import) the rollouts",
     "extract": "pool every layer's activations into the store",
     "fit": "compute persona space, Assistant Axis and evidence",
@@ -33,12 +35,14 @@ examples:
   personaspace status s3://bucket/runs/demo --watch
   personaspace timeline runs/demo --html timeline.html
   personaspace personas show ghost
+  personaspace judge runs/demo --model gpt-4.1-mini --dry-run
   personaspace store ls runs
   ray job submit --address http://HEAD:8265 --working-dir . -- python -m personaspace run configs/demo.yaml
 
 Every setting is a flag: `personaspace run --help` lists them. Flags beat the file, the file beats the defaults.
 A command that was interrupted is repeated to resume. Exit codes: 0 done, 1 failed, 2 bad input, 3 run in use,
-4 damaged data, 5 a worker failed, 6 storage failed, 7 too many rollouts dropped, 130 interrupted."""
+4 damaged data, 5 a worker failed, 6 storage or a judge's endpoint failed, 7 too many rollouts dropped, 8 the judge's
+budget has ended, 130 interrupted."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run_store(parsed, flags)
         if parsed.command == "personas":
             return run_personas(parsed, flags)
+        if parsed.command in JUDGING:
+            return run_judging(parsed, flags)
         if parsed.command == "plan":
             run_plan(parsed, flags)
             return 0
@@ -107,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     add_new_command(commands)
     add_personas(commands)
     add_watching(commands)
+    add_judging(commands)
     add_commands(commands)
     return parser
 
@@ -130,7 +137,9 @@ def _carry_out(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
     # Heavy libraries load here, so that --help and bad config files answer at once.
     from personaspace.run import carry_out
 
-    carry_out(config, list(STEPS)[1:] if parsed.command == "run" else [parsed.command])
+    carry_out(
+        config, ["generate", "extract", "judge", "fit", "report"] if parsed.command == "run" else [parsed.command]
+    )
     return 0
 
 

@@ -17,6 +17,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from personaspace.analysis.config import AnalysisConfig
 from personaspace.cluster.config import ClusterConfig
 from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig
+from personaspace.extract.judging.config import JudgeConfig
 from personaspace.store.config import StoreConfig
 from personaspace.store.errors import InputError
 
@@ -29,6 +30,7 @@ class RunConfig:
     personas: PersonasConfig = field(default_factory=PersonasConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     extract: ExtractConfig = field(default_factory=ExtractConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -60,6 +62,14 @@ def stored_config(execution: Mapping[str, Any], where: str, flags: Sequence[str]
             f"{where}: was imported, so nothing of it can be computed here. Import it again from its source."
         )
     return _with_flags(_check(execution["config"], where), flags, prog)
+
+
+def with_judge_flags(config: JudgeConfig, flags: Sequence[str], *, prog: str) -> JudgeConfig:
+    """The judge's section with ``flags`` (``--model NAME``) applied. Raises InputError as for a whole config."""
+    if not flags:
+        return config
+    changed = tyro.cli(JudgeConfig, prog=prog, default=config, args=list(flags))
+    return _check(asdict(RunConfig(model=ModelConfig(id="-"), judge=changed)), "the command line").judge
 
 
 def print_flags(prog: str) -> None:

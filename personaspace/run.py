@@ -15,21 +15,26 @@ from personaspace.cluster.generation import generate
 from personaspace.cluster.job import Job, prepare
 from personaspace.cluster.nodes import check_nodes, model_files
 from personaspace.cluster.repair import adopt_whole, slots_to_redo
-from personaspace.cluster.session import check_shared_paths, hold_run, orderly_end, ray_cluster
+from personaspace.cluster.session import check_shared_paths, hold_run, ray_cluster
 from personaspace.cluster.sharding import check_sharding
 from personaspace.cluster.watching.progress import ProgressDisplay
 from personaspace.cluster.watching.watch import Watch
 from personaspace.config import RunConfig, stored_config
 from personaspace.extract.checkpoint import means_folder
+from personaspace.judging import JudgeOptions, check_judge_config, judge_run
 from personaspace.store.catalog import REPORT
 from personaspace.store.formats.role_names import SCENARIO
+from personaspace.store.interruption import orderly_end
 from personaspace.store.manifest import require_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.verify import Verification
 
 
 def carry_out(config: RunConfig, steps: Sequence[str]) -> None:
-    """Do some of `generate`, `extract`, `fit` and `report`, in this order; each continues from what is committed."""
+    """Do some of `generate`, `extract`, `judge`, `fit` and `report`, in this order; each continues what is committed.
+
+    `judge` is left out where the config names none.
+    """
     with orderly_end():
         job = _prepare(config)
         if len(steps) > 1 and all(role.kind == SCENARIO for role in job.plan.roles):
@@ -38,6 +43,8 @@ def carry_out(config: RunConfig, steps: Sequence[str]) -> None:
         if "fit" in steps:
             spec = fitted_array(config.analysis, job.manifest.arrays)
             target_layer(config.analysis, spec.wanted_layers(job.layout))
+        if "judge" in steps and config.judge.model is not None:
+            check_judge_config(config.judge)
         print(f"run {job.folder.url}  (identity {job.manifest.identity_hash}, {job.layout.rows} rollouts)", flush=True)
         if {"generate", "extract"} & set(steps):
             with ExitStack() as stack:
@@ -52,6 +59,9 @@ def carry_out(config: RunConfig, steps: Sequence[str]) -> None:
                     generate(job, fence, config.cluster, report)
                 if "extract" in steps:
                     extract(job, fence, config.cluster, report)
+        if "judge" in steps and config.judge.model is not None:
+            options = JudgeOptions(lease_timeout=config.store.lease_timeout, patience=config.store.patience)
+            judge_run(job.folder, config.judge, options, cluster=config.cluster)
         if "fit" in steps:
             _fit(job.folder, config)
         if "report" in steps:

@@ -20,7 +20,7 @@ from personaspace.store.space import LATEST
 KNOWN = {MANIFEST, MANIFEST_COPY, LEASE, LOCK, INDEX, TABLE, REPORT, LATEST}
 """Objects that are there once, without a record."""
 _ROLLOUTS = re.compile(rf"{ROLLOUTS}/(\d{{6,}})\.parquet")
-_SCORES = re.compile(rf"{SCORES}/([A-Za-z0-9][A-Za-z0-9._-]*)/(\d{{6,}})(\.copy)?\.parquet")
+_SCORES = re.compile(rf"{SCORES}/([A-Za-z0-9][A-Za-z0-9._-]*)/(\d{{6,}})(\.\d{{3,}})?(\.copy)?\.parquet")
 
 
 def orphan_slot(key: str, manifest: Manifest) -> Slot | None:

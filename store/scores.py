@@ -1,11 +1,15 @@
 """Scores that a judge gave to rollouts: Parquet parts per judge version, joined when a run is opened.
 
 A score says how far a response plays its role: 0 (refused) to 3 (fully). It can't be computed again from the
-store, so every part is kept twice.
+store, so every part is kept twice. A part says in its metadata what the judge was, and which rollouts it couldn't
+score. A rollout's score is final; a part gets a next generation where more of its unit's rollouts are scored.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +22,17 @@ from personaspace.store.lease import Fence
 from personaspace.store.location import check_run_name
 from personaspace.store.objects import Folder
 from personaspace.store.parquet import decode_table, encode_table
-from personaspace.store.records import Slot, copy_key, describe, read_object, read_record, read_slots
+from personaspace.store.records import (
+    READ_THREADS,
+    Record,
+    Slot,
+    committed_slots,
+    copy_key,
+    describe,
+    read_object,
+    read_record,
+    read_slots,
+)
 
 SCORES = "scores"
 SCHEMA = pa.schema(
@@ -28,6 +42,8 @@ SCHEMA = pa.schema(
         pa.field("reason", pa.string()),
     ]
 )
+_ABOUT, _UNJUDGED = b"judge", b"unjudged"
+"""Keys of a part's metadata, both JSON objects."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,20 +57,46 @@ class Score:
     """The judge's own words, where they are kept."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judgement:
+    """What a judge has said of one unit's rollouts."""
+
+    scores: Mapping[int, Score] = field(default_factory=dict)
+    """By row."""
+    unjudged: Mapping[int, str] = field(default_factory=dict)
+    """Row -> why the judge could give no score."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What the judge is: its model, the hash of its instructions, and the like; empty where nothing says it."""
+    generation: int = -1
+    """Of the record; -1 where nothing is recorded."""
+
+
 def commit_scores(
-    fence: Fence, layout: Layout, judge: str, unit: int, scores: Sequence[Score], *, generation: int = 0
+    fence: Fence,
+    layout: Layout,
+    judge: str,
+    unit: int,
+    scores: Sequence[Score],
+    *,
+    unjudged: Mapping[int, str] | None = None,
+    about: Mapping[str, Any] | None = None,
+    generation: int = 0,
 ) -> None:
     """Publish and record the scores of one unit, given by one version of a judge.
 
-    What is recorded stays: other scores need another name of the judge. Raises InputError for rows of other units.
+    ``unjudged`` are rows that it could not score, with the reasons; ``about`` says what it is. A later ``generation``
+    holds all that the one before it held. What is recorded stays: other scores need another name of the judge. Raises
+    InputError for rows of other units.
     """
     planned = layout.unit_row_range(unit)
-    for score in scores:
-        if score.row not in planned:
+    for row in (*(score.row for score in scores), *(unjudged or {})):
+        if row not in planned:
             rows = f"{planned.start} to {planned.stop - 1}"
-            raise InputError(f"scores of unit {unit}: row {score.row} is none of its rows {rows}.")
-    data = encode_table(pa.Table.from_pylist([asdict(score) for score in scores], schema=SCHEMA))
-    key = scores_key(judge, unit)
+            raise InputError(f"scores of unit {unit}: row {row} is none of its rows {rows}.")
+    said = {_ABOUT: json.dumps(dict(about or {}), sort_keys=True), _UNJUDGED: json.dumps(dict(unjudged or {}))}
+    table = pa.Table.from_pylist([asdict(score) for score in scores], schema=SCHEMA)
+    data = encode_table(table.replace_schema_metadata(said if about or unjudged else None))
+    key = scores_key(judge, unit, generation)
     commit(
         fence,
         scores_slot(judge, unit),
@@ -71,12 +113,13 @@ def restore_scores(fence: Fence, layout: Layout, slot: Slot, generation: int) ->
     ``generation`` is that of the slot's newest record, damaged or not; -1 where there is none.
     """
     array, unit, _ = slot
-    key = scores_key(array.removeprefix(f"{SCORES}."), unit)
+    judge = array.removeprefix(f"{SCORES}.")
     try:
-        recorded = read_record(fence.folder, slot, generation).objects[0].sha256
+        stored = read_record(fence.folder, slot, generation).objects[0]
+        recorded, keys = stored.sha256, [stored.key]
     except (FileNotFoundError, IntegrityError):
-        recorded = None
-    for candidate in (key, copy_key(key)):
+        recorded, keys = None, [scores_key(judge, unit, number) for number in range(max(generation, 0), -1, -1)]
+    for candidate in [name for key in keys for name in (key, copy_key(key))]:
         try:
             data = fence.folder.get(candidate)
             decode_table(data, SCHEMA)
@@ -84,6 +127,7 @@ def restore_scores(fence: Fence, layout: Layout, slot: Slot, generation: int) ->
             continue
         if recorded not in (None, describe(candidate, data).sha256):
             continue
+        key = keys[0] if recorded is not None else scores_key(judge, unit, generation + 1)
         objects = {key: data, copy_key(key): data}
         if recorded is None:
             commit(fence, slot, objects, rows=layout.unit_row_range(unit), dropped={}, generation=generation + 1)
@@ -103,8 +147,10 @@ def scores_slot(judge: str, unit: int) -> Slot:
     return (f"{SCORES}.{check_judge(judge)}", unit, 0)
 
 
-def scores_key(judge: str, unit: int) -> str:
-    return f"{SCORES}/{check_judge(judge)}/{unit:06d}.parquet"
+def scores_key(judge: str, unit: int, generation: int = 0) -> str:
+    """Each generation has an object of its own: a crash between publish and record leaves the one before it whole."""
+    later = f".{generation:03d}" if generation else ""
+    return f"{SCORES}/{check_judge(judge)}/{unit:06d}{later}.parquet"
 
 
 def is_scores(slot: Slot) -> bool:
@@ -135,3 +181,28 @@ def read_scores(
         table = decode_table(read_object(folder, record.objects[0]), SCHEMA)
         scores[table["row"].to_numpy()] = table["score"].to_numpy()
     return scores
+
+
+def read_judgements(folder: Folder, judge: str, units: Iterable[int] | None = None) -> dict[int, Judgement]:
+    """Unit -> what the judge has said of it; of all units, or of some. Raises IntegrityError for damaged parts."""
+    chosen = None if units is None else set(units)
+    wanted = {
+        slot: number
+        for slot, number in committed_slots(folder).items()
+        if slot[0] == f"{SCORES}.{check_judge(judge)}" and (chosen is None or slot[1] in chosen)
+    }
+    records = {unit: record for (_, unit, _), record in read_slots(folder, wanted).items()}
+    with ThreadPoolExecutor(READ_THREADS) as threads:
+        judgements = threads.map(lambda record: _judgement(folder, record), records.values())
+        return dict(zip(records, judgements, strict=True))
+
+
+def _judgement(folder: Folder, record: Record) -> Judgement:
+    table = decode_table(read_object(folder, record.objects[0]), SCHEMA)
+    said = {key: json.loads(text) for key, text in (table.schema.metadata or {}).items()}
+    return Judgement(
+        scores={entry["row"]: Score(**entry) for entry in table.to_pylist()},
+        unjudged={int(row): why for row, why in said.get(_UNJUDGED, {}).items()},
+        about=said.get(_ABOUT, {}),
+        generation=record.generation,
+    )

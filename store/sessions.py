@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from personaspace.store.errors import IntegrityError
+from personaspace.store.errors import IntegrityError, PersonaspaceError
 from personaspace.store.objects import Folder
 from personaspace.store.sealed import seal, unseal
 
@@ -24,7 +24,7 @@ class StepProgress:
     """How far a session has come with one step."""
 
     step: str
-    """`generate` or `extract`."""
+    """`generate`, `extract` or `judge`."""
     rows: int
     """Rollouts of the run."""
     rows_before: int
@@ -119,6 +119,16 @@ def read_session(folder: Folder, epoch: int) -> SessionProgress | None:
     except (FileNotFoundError, IntegrityError):
         return None
     return SessionProgress(**{**stored, "steps": tuple(StepProgress(**step) for step in stored["steps"])})
+
+
+def how_it_ended(error: BaseException | None) -> tuple[Outcome, str]:
+    """Outcome of a session that ended with this error, and the first line of its message."""
+    if error is None:
+        return "done", ""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", ""
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return "failed", first if isinstance(error, PersonaspaceError) else f"{type(error).__name__}: {first}"
 
 
 def human_duration(seconds: float) -> str:

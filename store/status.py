@@ -67,4 +67,6 @@ def _step(step: StepProgress) -> str:
     done = f"{step.committed}/{step.rows} rollouts ({share}){dropped}, {step.rate_text}"
     if step.finished:
         return f"{done}, done in {human_duration(step.seconds)}"
+    if step.step == "judge":
+        return f"{done}, {step.left_text}"
     return f"{done}, {step.left_text}; {step.replicas} replica(s) at work, {step.windows_waiting} window(s) wait"

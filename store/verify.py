@@ -10,6 +10,7 @@ from personaspace.store.copying import COPYING
 from personaspace.store.errors import IntegrityError, LeaseError
 from personaspace.store.expected import KNOWN, decoders, orphan_slot
 from personaspace.store.index import INDEX, TABLE, is_whole
+from personaspace.store.judging import is_judging_key
 from personaspace.store.lease import LEASE, read_holder
 from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, Manifest, read_manifest, require_manifest
 from personaspace.store.objects import SCRATCH, Folder
@@ -271,7 +272,7 @@ def _unexpected(
     """Whatever else lies in the folder."""
     troubled = Counter(problem.slot for problem in check.problems if problem.slot is not None)
     for key in entries:
-        if key in check.expected or key in KNOWN or is_session_key(key):
+        if key in check.expected or key in KNOWN or is_session_key(key) or is_judging_key(key):
             continue
         slot = orphan_slot(key, manifest)
         name = key.rsplit("/", 1)[-1]

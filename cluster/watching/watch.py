@@ -10,10 +10,10 @@ from personaspace.cluster.job import Job
 from personaspace.cluster.watching.metrics import Metrics
 from personaspace.cluster.watching.tally import Tally
 from personaspace.cluster.watching.timeline import Timeline
-from personaspace.store.errors import PersonaspaceError, StorageError
+from personaspace.store.errors import StorageError
 from personaspace.store.lease import Fence
 from personaspace.store.objects import Folder
-from personaspace.store.sessions import Outcome, SessionProgress, trace_key, write_session
+from personaspace.store.sessions import Outcome, SessionProgress, how_it_ended, trace_key, write_session
 
 INTERVAL = 15.0
 """Seconds between two words on the progress."""
@@ -48,7 +48,7 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._outcome, self._message = _how_it_ended(error)
+        self._outcome, self._message = how_it_ended(error)
         self._stop.set()
         self._thread.join(LAST_WORD)
 
@@ -80,12 +80,3 @@ class Watch:
             if ended:
                 return
             self._stop.wait(self._interval)
-
-
-def _how_it_ended(error: BaseException | None) -> tuple[Outcome, str]:
-    if error is None:
-        return "done", ""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted", ""
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return "failed", first if isinstance(error, PersonaspaceError) else f"{type(error).__name__}: {first}"

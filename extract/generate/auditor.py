@@ -53,12 +53,8 @@ class Auditor:
                 f"personas.auditor.key: the environment variable {config.key} is not set where the generators run. "
                 "Export it there (for a server without keys, any value), or name another variable."
             )
-        try:
-            import openai
-        except ImportError as error:
-            raise InputError(
-                "personas.auditor: `endpoint` needs the openai package: pip install 'personaspace[endpoint]'."
-            ) from error
+        import openai  # Half a second, which only those pay who need it.
+
         self._openai: Any = openai
         self._client = openai.OpenAI(
             api_key=self._key, base_url=config.base_url, timeout=config.timeout, max_retries=config.retries

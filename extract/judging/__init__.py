@@ -1,0 +1,1 @@
+"""Scoring how far responses play their roles, by a model that reads them."""
