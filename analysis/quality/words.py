@@ -24,14 +24,16 @@ def interval(share: Share) -> str:
 
 
 def warnings(quality: Quality) -> list[str]:
-    """A line for each flaw that a run has more often than it should, with the setting to change."""
+    """A line for each flaw that a run has more often than it should, with the setting to change, and the worst roles."""
     overall = quality.overall()
     # Where the true share might still be below the bound, there is nothing to warn of.
-    return [
+    lines = [
         f"warning: {_told(quality, flaw, overall[flaw.name])}; {flaw.advice}"
         for flaw in FLAWS
         if overall[flaw.name].interval[0] >= flaw.warn
     ]
+    found = outstanding(quality.groups("role"))
+    return [*lines, f"warning: some roles more than others: {'; '.join(found)}"] if found else lines
 
 
 def summary(quality: Quality) -> list[str]:

@@ -114,7 +114,11 @@ def test_words(folder: LocalFolder) -> None:
         "  50% (45-55%) were cut off: 200",
         "   1% (0-3%) begin with a refusal: 4",
     ]
-    assert [line.split(";")[0] for line in warnings(quality)] == ["warning: 50% of 400 responses were cut off"]
+    assert warnings(quality) == [
+        "warning: 50% of 400 responses were cut off; only beginnings are averaged; raise generate.max_new_tokens if whole "
+        "answers matter",
+        "warning: some roles more than others: refused: poet 100%; duplicate: poet 75%",
+    ]
     assert outstanding(quality.groups("role")) == ["refused: poet 100%", "duplicate: poet 75%"]
     assert [percent(share) for share in (0, 0.001, 0.5, 0.999, 1)] == ["0%", "<1%", "50%", ">99%", "100%"]
 
