@@ -24,7 +24,7 @@ def interval(share: Share) -> str:
 
 
 def warnings(quality: Quality) -> list[str]:
-    """A line for each flaw that a run has more often than it should, with the setting to change, and the worst roles."""
+    """A line for each flaw that a run has too often, with the setting to change, and one that names the worst roles."""
     overall = quality.overall()
     # Where the true share might still be below the bound, there is nothing to warn of.
     lines = [

@@ -114,9 +114,9 @@ def test_words(folder: LocalFolder) -> None:
         "  50% (45-55%) were cut off: 200",
         "   1% (0-3%) begin with a refusal: 4",
     ]
+    advice = "only beginnings are averaged; raise generate.max_new_tokens if whole answers matter"
     assert warnings(quality) == [
-        "warning: 50% of 400 responses were cut off; only beginnings are averaged; raise generate.max_new_tokens if whole "
-        "answers matter",
+        f"warning: 50% of 400 responses were cut off; {advice}",
         "warning: some roles more than others: refused: poet 100%; duplicate: poet 75%",
     ]
     assert outstanding(quality.groups("role")) == ["refused: poet 100%", "duplicate: poet 75%"]
