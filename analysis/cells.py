@@ -39,11 +39,21 @@ class Cells:
         return mean_RD
 
 
+LEFT_OUT = "left_out"
+"""Coordinate of rows that are not to be used although nothing is wrong with their activations."""
+
+
 def usable_rows(run: xr.Dataset) -> NDArray[np.intp]:
-    """Rows with status ok. Raises InputError if there is none."""
-    rows = np.flatnonzero(run["status"].values == STATUS.index("ok"))
-    if not len(rows):
+    """Rows with status ok that are not left out. Raises InputError if there is none."""
+    ok = run["status"].values == STATUS.index("ok")
+    rows = np.flatnonzero(ok & ~run[LEFT_OUT].values if LEFT_OUT in run.coords else ok)
+    if not ok.any():
         raise InputError(f"{run.attrs['run']}: no extracted rollouts yet; run `extract` first.")
+    if not len(rows):
+        raise InputError(
+            f"analysis.leave_out: leaves none of the {ok.sum()} extracted rollouts; `personaspace quality "
+            f"{run.attrs['run']}` shows which flaw they have."
+        )
     return rows
 
 

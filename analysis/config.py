@@ -5,6 +5,8 @@ from typing import Annotated
 
 from annotated_types import Ge
 
+from personaspace.analysis.quality.flaws import FlawName
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnalysisConfig:
@@ -24,3 +26,6 @@ class AnalysisConfig:
     """Kind of roles that should lie nearer to the Assistant, for the ROC AUC."""
     negative_kind: str = "fantastical"
     """Kind of roles that should lie farther away."""
+    leave_out: tuple[FlawName, ...] = ()
+    """Rollouts that the fit leaves out, by flaw, such as `[refused, looping]` (`personaspace quality RUN` lists them).
+    Default: none, whatever their flaws."""

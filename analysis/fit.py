@@ -9,9 +9,10 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from personaspace.analysis.cells import cell_of_row, cells_from_sums, lazy_cell_sums, usable_rows
+from personaspace.analysis.cells import LEFT_OUT, cell_of_row, cells_from_sums, lazy_cell_sums, usable_rows
 from personaspace.analysis.config import AnalysisConfig
 from personaspace.analysis.evidence import Evidence, gather_evidence
+from personaspace.analysis.quality.assess import assess, on_axis
 from personaspace.analysis.space import PersonaSpace, align_layers, fit_space
 from personaspace.store.errors import InputError
 from personaspace.store.formats.role_names import DEFAULT_ROLE, SCENARIO
@@ -19,7 +20,7 @@ from personaspace.store.layout import ranges
 from personaspace.store.manifest import require_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.reader import open_run, stored_layers
-from personaspace.store.schema import ArraySpec
+from personaspace.store.schema import STATUS, ArraySpec
 from personaspace.store.space import save_space
 
 
@@ -39,7 +40,7 @@ def compute_space(folder: Folder, config: AnalysisConfig) -> xr.Dataset:
     manifest = require_manifest(folder)
     layers = stored_layers(folder, manifest, fitted_array(config, manifest.arrays))
     target = target_layer(config, layers)
-    run = open_run(folder).sel(layer=layers)
+    run, left_out = _leave_out(folder, open_run(folder).sel(layer=layers), config)
     roles: list[Any] = list(manifest.tables["roles"])
     questions = len(manifest.tables["questions"])
     cell_N = cell_of_row(run, questions)
@@ -91,10 +92,23 @@ def compute_space(folder: Folder, config: AnalysisConfig) -> xr.Dataset:
             "null_permutations": config.permutations,
             "positive_kind": config.positive_kind,
             "negative_kind": config.negative_kind,
+            "leave_out": ", ".join(config.leave_out),
+            "left_out_count": left_out,
             "identity_hash": manifest.identity_hash,
             "fitted": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
     )
+
+
+def _leave_out(folder: Folder, run: xr.Dataset, config: AnalysisConfig) -> tuple[xr.Dataset, int]:
+    """The run with the flawed rollouts that the config names marked, and how many extracted ones that costs."""
+    if not config.leave_out:
+        return run, 0
+    quality = assess(folder)
+    flawed_N = np.any([quality.flawed_N[name] for name in config.leave_out], axis=0)
+    left_out = on_axis(quality, flawed_N, run.sizes["rollout"])
+    lost = int((left_out & (run["status"].values == STATUS.index("ok"))).sum())
+    return run.assign_coords({LEFT_OUT: ("rollout", left_out)}), lost
 
 
 def fitted_array(config: AnalysisConfig, specs: Sequence[ArraySpec]) -> ArraySpec:

@@ -6,6 +6,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from personaspace.analysis.quality.assess import assess
+from personaspace.analysis.quality.section import quality_section
 from personaspace.analysis.report import Completeness, DroppedRollout, Sample, render_report
 from personaspace.store.catalog import REPORT
 from personaspace.store.manifest import Manifest, require_manifest
@@ -39,6 +41,7 @@ def publish_report(folder: Folder) -> str:
             rows_dropped=counts["dropped"],
             rows_pending=manifest.layout.rows - counts["ok"] - counts["dropped"],
         ),
+        quality=quality_section(assess(folder), space.attrs),
     )
     folder.replace(REPORT, page.encode())
     return f"{folder.url}/{REPORT}"

@@ -18,6 +18,7 @@ from plotly.offline import get_plotlyjs
 
 from personaspace.analysis import figures
 from personaspace.analysis.figures import Measure
+from personaspace.analysis.quality.section import QualitySection
 
 DROPPED_SHOWN = 200
 """Dropped rollouts listed one by one; the rest is counted."""
@@ -104,11 +105,12 @@ def render_report(
     provenance: Sequence[tuple[str, str]],
     dropped: Sequence[DroppedRollout],
     completeness: Completeness,
+    quality: QualitySection | None = None,
 ) -> str:
     """Render the whole page.
 
     `samples` maps a role, or `default`, to a response to show. `provenance` is a list of labels and values; a row
-    labelled "Model" also goes to the head of the page.
+    labelled "Model" also goes to the head of the page. Without `quality` the page says nothing of it.
     """
     target = int(space.attrs["target_layer"])
     figures.layer_index(space, target)
@@ -123,6 +125,7 @@ def render_report(
     environment.filters["csp_hash"] = _csp_hash
     page = environment.get_template("report.html.j2").render(
         title=title,
+        quality=quality,
         target=target,
         space=space,
         model=next((value for label, value in provenance if label.lower() == "model"), None),

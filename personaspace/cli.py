@@ -1,4 +1,4 @@
-"""The command line: `personaspace run CONFIG`, each step alone, `preview`, `status`, `timeline`, and `store`."""
+"""The command line: `personaspace run CONFIG`, each step alone, `preview`, `status`, `quality`, `store`, ..."""
 
 import argparse
 import sys
@@ -11,6 +11,7 @@ from personaspace.judge_cli import add_judging, run_judging
 from personaspace.new_cli import add_new_command, run_new
 from personaspace.personas_cli import add_personas, run_personas
 from personaspace.plan_cli import add_plan_command, run_plan
+from personaspace.quality_cli import add_quality, run_quality
 from personaspace.store.errors import InputError, PersonaspaceError
 from personaspace.store_cli import add_commands, run_store
 from personaspace.watch_cli import CONFIG_ENDINGS, add_watching, status, timeline
@@ -34,6 +35,7 @@ examples:
   personaspace new Qwen/Qwen3-8B --output qwen3-8b.yaml
   personaspace status s3://bucket/runs/demo --watch
   personaspace timeline runs/demo --html timeline.html
+  personaspace quality runs/demo --examples 2
   personaspace personas show ghost
   personaspace judge runs/demo --model gpt-4.1-mini --dry-run
   personaspace store ls runs
@@ -55,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run_personas(parsed, flags)
         if parsed.command in JUDGING:
             return run_judging(parsed, flags)
+        if parsed.command == "quality":
+            return run_quality(parsed, flags)
         if parsed.command == "plan":
             run_plan(parsed, flags)
             return 0
@@ -114,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     add_personas(commands)
     add_watching(commands)
     add_judging(commands)
+    add_quality(commands)
     add_commands(commands)
     return parser
 

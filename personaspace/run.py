@@ -9,7 +9,10 @@ from transformers.utils import logging as transformers_logging
 
 from personaspace.analysis.fit import fit, fitted_array, target_layer
 from personaspace.analysis.publish import publish_report
+from personaspace.analysis.quality.assess import assess
+from personaspace.analysis.quality.words import warnings
 from personaspace.cluster.droplimit import DropLimit
+from personaspace.cluster.events import Note
 from personaspace.cluster.extraction import extract
 from personaspace.cluster.generation import generate
 from personaspace.cluster.job import Job, prepare
@@ -28,6 +31,9 @@ from personaspace.store.interruption import orderly_end
 from personaspace.store.manifest import require_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.verify import Verification
+
+LOOKED_AT = 20_000
+"""Rollouts that are looked at for flaws between generation and extraction: seconds, while the cluster waits."""
 
 
 def carry_out(config: RunConfig, steps: Sequence[str]) -> None:
@@ -57,6 +63,8 @@ def carry_out(config: RunConfig, steps: Sequence[str]) -> None:
                 job = replace(job, folder=fence.folder)
                 if "generate" in steps or config.generate.responses is not None:
                     generate(job, fence, config.cluster, report)
+                    for line in warnings(assess(job.folder, at_most=LOOKED_AT)):
+                        watch.report(Note(text=line))
                 if "extract" in steps:
                     extract(job, fence, config.cluster, report)
         if "judge" in steps and config.judge.model is not None:

@@ -33,7 +33,7 @@ def add_watching(commands: Any) -> None:
 
 def status(target: str, *, watch: bool) -> int:
     """Print the state of a run; with ``watch`` again and again, until it is complete."""
-    folder = _folder(target)
+    folder = run_of(target)
     if not watch:
         print(_state(folder)[1])
         return 0
@@ -62,7 +62,7 @@ def timeline(target: str, *, session: int | None, save: Path | None, page: Path 
     """Print how busy each stage was in a session, and save its trace."""
     from personaspace.cluster.watching.timeline import describe_shares, shares
 
-    folder = _folder(target)
+    folder = run_of(target)
     found = session_epochs((entry.key for entry in folder.list(SESSIONS)), traces=True)
     if not found or session not in (None, *found):
         known = f"it has {', '.join(map(str, found))}" if found else "it has none"
@@ -83,7 +83,8 @@ def timeline(target: str, *, session: int | None, save: Path | None, page: Path 
     return 0
 
 
-def _folder(target: str) -> Folder:
+def run_of(target: str) -> Folder:
+    """The folder of a run that is given as folder, URL or config file."""
     if target.endswith(CONFIG_ENDINGS):
         store = load_config(Path(target)).store
         return run_folder(store.root, store.run)

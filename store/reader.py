@@ -108,17 +108,23 @@ def select(
     score: float | Sequence[float] | None = None,
     layer: int | Sequence[int] | None = None,
     status: str | None = "ok",
+    without: str | Sequence[str] = (),
 ) -> xr.Dataset:
     """The part of a run (of ``open_run``) that matches everything given; one value or several each.
 
-    ``question`` takes ids or indices. ``status`` is `ok` unless said otherwise; None takes every row. Reads nothing
-    but the coordinates. Raises InputError for values that the run does not have.
+    ``question`` takes ids or indices. ``status`` is `ok` unless said otherwise; None takes every row. ``without``
+    leaves out the rows for which a boolean coordinate holds, such as `looping` of ``analysis.quality``'s
+    ``with_flaws``. Reads nothing but the coordinates. Raises InputError for values that the run does not have.
     """
     keep = np.ones(run.sizes["rollout"], dtype=bool)
     if status is not None:
         if status not in STATUS:
             raise InputError(f"status: {status!r}; allowed are {', '.join(STATUS)}, or None for every row.")
         keep &= run["status"].values == STATUS.index(status)
+    for flag in _listed(without):
+        if flag not in run.coords or run[flag].dtype != bool or run[flag].dims != ("rollout",):
+            raise InputError(f"without: the run has no boolean coordinate {flag!r}; with_flaws(run) adds one per flaw.")
+        keep &= ~run[flag].values
     questions = [] if question is None else _listed(question)
     by_id = any(isinstance(entry, str) for entry in questions)
     for name, wanted in (

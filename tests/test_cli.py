@@ -66,8 +66,10 @@ def test_main_job_from_model_to_report(tmp_path: Path, model: Path, capsys: pyte
     assert manifest["sessions"][0]["packages"]["torch"]
     page = (run / "report.html").read_text()
     assert "pirate" in page
+    assert "Quality of the responses" in page
 
-    capsys.readouterr()
+    warning = "responses were cut off at 6 tokens; only beginnings are averaged; raise generate.max_new_tokens"
+    assert f"of 48 {warning}" in " ".join(capsys.readouterr().out.split())
     before = (run / "run.json").read_bytes()
     assert main(["status", str(run)]) == 0
     status = capsys.readouterr().out

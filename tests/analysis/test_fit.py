@@ -30,10 +30,13 @@ QUESTIONS = 6
 LAYOUT = Layout(segments=(30,), layers=2, hidden=8, unit_rows=6, layer_group=1)
 
 
-def write(folder: LocalFolder, units: int = 5, *, second_layer_units: int = 5) -> np.ndarray:
+def write(
+    folder: LocalFolder, units: int = 5, *, second_layer_units: int = 5, responses: dict[int, str] | None = None
+) -> np.ndarray:
     """A run of five roles with six answers each; row 7 (pirate) is dropped. Returns its values ``(30, 2, 8)``.
 
     The first ``units`` are complete, but for the second layer, which ``second_layer_units`` of them have.
+    ``responses``: row -> another response.
     """
     generator = np.random.default_rng(0)
     place = np.repeat([3.0, -2.0, -3.0, 1.0, 2.0], QUESTIONS)
@@ -73,7 +76,7 @@ def write(folder: LocalFolder, units: int = 5, *, second_layer_units: int = 5) -
         for unit in range(units):
             rows = LAYOUT.unit_row_range(unit)
             dropped = {row: "empty response" for row in rows if row == 7}
-            rollouts = encode_rollouts([rollout(row) for row in rows])
+            rollouts = encode_rollouts([rollout(row, (responses or {}).get(row)) for row in rows])
             commit(lease.fence, (ROLLOUTS, unit, 0), {rollouts_key(unit): rollouts}, rows=rows, dropped=dropped)
             for group in range(2 if unit < second_layer_units else 1):
                 data = encode_shard(values[LAYOUT.unit_slice(unit), group : group + 1], LAYOUT, "lossless")
@@ -98,7 +101,7 @@ def folder(tmp_path: Path) -> LocalFolder:
     return LocalFolder(tmp_path / "run")
 
 
-def rollout(row: int) -> Rollout:
+def rollout(row: int, response: str | None = None) -> Rollout:
     return Rollout(
         row=row,
         rollout_id=f"{row:016x}",
@@ -108,7 +111,7 @@ def rollout(row: int) -> Rollout:
         question=row % 6,
         sample=0,
         messages=[{"role": "user", "content": f"Question {row % 6}?"}],
-        response="" if row == 7 else f"Answer {row}",
+        response="" if row == 7 else response or f"Answer {row}",
         prompt_token_ids=[1],
         response_token_ids=[] if row == 7 else [2],
         finish_reason="stop",
@@ -171,6 +174,33 @@ def test_only_layers_that_every_rollout_has_are_fitted(folder: LocalFolder) -> N
     assert np.isfinite(space["role_vector"].values).all()
     with pytest.raises(InputError, match=r"^analysis\.target_layer: 1; the run has layers 0 to 0\.$"):
         fit(folder, AnalysisConfig(permutations=20, target_layer=1))
+
+
+def test_flawed_rollouts_are_left_out_on_demand_only(folder: LocalFolder) -> None:
+    refusal, loop = "I'm sorry, but I can't help with that.", "the door to " * 20
+    values = write(folder, responses={8: refusal, 12: loop, 13: refusal}).astype(np.float64)
+    space = fit(folder, AnalysisConfig(permutations=20))
+    assert space.sizes["rollout"] == 29
+    assert (space.attrs["leave_out"], space.attrs["left_out_count"]) == ("", 0)
+    page = Path(publish_report(folder)).read_text()
+    assert "The fit leaves out none of them." in page
+    assert "7% (2-21%) begin with a refusal: 2" in page
+
+    space = fit(folder, AnalysisConfig(permutations=20, leave_out=("refused", "empty")))
+    assert [row for row in range(30) if row not in space["rollout_row"].values] == [7, 8, 13]
+    assert (space.attrs["leave_out"], space.attrs["left_out_count"]) == ("refused, empty", 2), (
+        "row 7 was dropped before"
+    )
+    assert space["role_count"].values.tolist() == [4, 5, 6, 6]
+    np.testing.assert_allclose(space["role_vector"][0], values[[6, 9, 10, 11]].mean(0), rtol=1e-5, atol=1e-6)
+    assert "The fit leaves out 2 of them (refused, empty)." in Path(publish_report(folder)).read_text()
+
+
+def test_nothing_is_left_to_fit(folder: LocalFolder) -> None:
+    write(folder, responses=dict.fromkeys(range(30), "I'm sorry, but I can't help with that."))
+    message = r"^analysis\.leave_out: leaves none of the 29 extracted rollouts; `personaspace quality .*run`"
+    with pytest.raises(InputError, match=message):
+        fit(folder, AnalysisConfig(permutations=20, leave_out=("refused",)))
 
 
 @pytest.mark.parametrize(("units", "default", "others"), [(1, 1, 0), (2, 1, 1)])
