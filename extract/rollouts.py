@@ -46,7 +46,7 @@ def generated_rollout(
         chat.template_hash,
         sampling={"temperature": config.temperature, "top_p": config.top_p, "max_new_tokens": config.max_new_tokens},
         seed=rollout_seed(config.seed, planned.rollout_id),
-        dropped=dropped or why_dropped(conversation, response.text, max_positions),
+        dropped=response.unusable or dropped or why_dropped(conversation, response.text, max_positions),
     )
 
 

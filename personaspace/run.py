@@ -10,6 +10,7 @@ from transformers.utils import logging as transformers_logging
 from personaspace.analysis.fit import fit, fitted_array, target_layer
 from personaspace.analysis.publish import publish_report
 from personaspace.cluster.droplimit import DropLimit
+from personaspace.cluster.engines import check_engine
 from personaspace.cluster.extraction import extract
 from personaspace.cluster.generation import generate
 from personaspace.cluster.job import Job, prepare
@@ -130,5 +131,6 @@ def _prepare(config: RunConfig, *, keep: bool = False) -> Job:
         execution={"config": asdict(config)},
         keep=keep,
     )
+    check_engine(config.generate, config.cluster)
     check_sharding(job, config.cluster)
     return job

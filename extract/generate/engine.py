@@ -18,6 +18,8 @@ class Response:
     """Without the end-of-turn token."""
     text: str
     finish_reason: FinishReason
+    unusable: str | None = None
+    """Why the rollout has to be dropped, though the engine works: a server's answer that can't be read, for example."""
 
 
 class Engine(Protocol):
