@@ -16,7 +16,7 @@ from personaspace.extract.chat import ChatFormat
 from personaspace.extract.config import GenerateConfig
 from personaspace.extract.endpoint import Completion, Endpoint, EndpointError, MalformedError, RefusedError
 from personaspace.extract.generate.ending import end_response
-from personaspace.extract.generate.engine import Response
+from personaspace.extract.generate.engine import FinishReason, Response
 from personaspace.store.errors import InputError
 
 KEY = "generate.endpoint"
@@ -95,7 +95,7 @@ class OpenAIEngine:
             token_ids = recover_tokens(self._chat, prompt, answer)
         except UncertainTokensError as error:
             return _unusable(str(error), answer.text)
-        reason = "stop" if answer.finish_reason == "stop" else "length"
+        reason: FinishReason = "stop" if answer.finish_reason == "stop" else "length"
         return Response(token_ids=token_ids, text=answer.text, finish_reason=reason)
 
     def _ask(self, prompt: Sequence[int], manner: Manner, **settings: Any) -> Completion:
