@@ -135,6 +135,10 @@ class VllmEngine:
             for place, prompt in enumerate(prompts)
         ]
 
+    def close(self) -> None:
+        """End the processes of its ranks, and free its memory. It can't generate after it."""
+        self._llm.llm_engine.engine_core.shutdown()
+
 
 def _too_long(tokens: int, longest: int) -> Response:
     reason = f"the prompt's {tokens} tokens leave no room in the model's context of {longest}"

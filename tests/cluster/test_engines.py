@@ -45,8 +45,8 @@ def node(cpus: float, gpus: float = 0) -> Node:
             {"engine": "openai", "endpoint": SERVER},
             {"generation": "tensor"},
             (
-                "cluster.generation: tensor has no effect with generate.engine openai, where the server holds the model. "
-                "Remove it."
+                "cluster.generation: tensor has no effect with generate.engine openai, where the server holds the "
+                "model. Remove it."
             ),
         ),
         (
@@ -61,8 +61,8 @@ def node(cpus: float, gpus: float = 0) -> Node:
             {"engine": "vllm", "responses": "."},
             {},
             (
-                "generate.engine: vllm has no effect together with generate.responses, where nothing is sampled. Remove "
-                "one of the two."
+                "generate.engine: vllm has no effect together with generate.responses, where nothing is sampled. "
+                "Remove one of the two."
             ),
         ),
         (
