@@ -66,6 +66,19 @@ def node(cpus: float, gpus: float = 0) -> Node:
             ),
         ),
         (
+            {"engine": "vllm", "capture": True},
+            {},
+            "generate.capture: true is for generate.engine transformers, and it is vllm. Remove one of the two.",
+        ),
+        (
+            {"engine": "openai", "batching": "continuous"},
+            {},
+            (
+                "generate.batching: continuous is for generate.engine transformers, and it is openai. Remove one of "
+                "the two."
+            ),
+        ),
+        (
             {"engine": "vllm"},
             {"generation": "offload"},
             (
