@@ -58,7 +58,7 @@ class Workload:
     window_rows: int
     """Rollouts in a full window."""
     batches: int
-    """Groups of rollouts that are decoded together."""
+    """Groups of rollouts that are decoded together on the cluster."""
     batch_rows: int
     """Rollouts in a full one."""
     prompt_tokens: float
@@ -148,7 +148,8 @@ def count_work(
         segments=places // len(extract.sites),
         windows=len(window),
         window_rows=min(layout.rows, len(window[0]) * layout.unit_rows),
-        batches=0 if imported else len(batch),
+        # Of a server nobody knows how fast it is.
+        batches=0 if imported or generate.engine == "openai" else len(batch),
         batch_rows=min(layout.rows, len(batch[0]) * layout.unit_rows),
         prompt_tokens=prompt,
         response_tokens=response,
