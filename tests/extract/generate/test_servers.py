@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
 from personaspace.extract.config import EndpointConfig, GenerateConfig
 from personaspace.extract.endpoint import Endpoint
 from personaspace.extract.generate.ending import checkpoint_stop_ids
