@@ -156,6 +156,7 @@ class Generator(Member):
                         chat=self._chat,
                         config=self._spec.config,
                         max_positions=self._spec.checkpoint.max_positions,
+                        maker=self._engine.maker,
                     )
                 )
             means = self._capturing.keep(rollouts, captured, replayed) if self._capturing else None

@@ -29,8 +29,13 @@ def generated_rollout(
     chat: ChatFormat,
     config: GenerateConfig,
     max_positions: int | None,
+    maker: str | None = None,
 ) -> Rollout:
-    """The rollout of a sampled response; dropped, with the reason, if there is nothing to average."""
+    """The rollout of a sampled response; dropped, with the reason, if there is nothing to average.
+
+    ``maker`` of the engine.
+    """
+    sampling = {"temperature": config.temperature, "top_p": config.top_p, "max_new_tokens": config.max_new_tokens}
     conversation = Conversation(prompt=list(prompt), response=response.token_ids, spans=[])
     dropped = None
     try:
@@ -44,7 +49,7 @@ def generated_rollout(
         response.text,
         response.finish_reason,
         chat.template_hash,
-        sampling={"temperature": config.temperature, "top_p": config.top_p, "max_new_tokens": config.max_new_tokens},
+        sampling=sampling if maker is None else {**sampling, "maker": maker},
         seed=rollout_seed(config.seed, planned.rollout_id),
         dropped=response.unusable or dropped or why_dropped(conversation, response.text, max_positions),
     )
@@ -122,7 +127,7 @@ def _rollout(
     finish_reason: str,
     template_hash: str,
     *,
-    sampling: Mapping[str, float],
+    sampling: Mapping[str, float | str],
     seed: int,
     dropped: str | None,
 ) -> Rollout:

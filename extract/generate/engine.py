@@ -25,6 +25,9 @@ class Response:
 class Engine(Protocol):
     """A model that samples responses."""
 
+    maker: str | None
+    """What samples, to be kept with the responses; None where the session's versions in run.json say it."""
+
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: GenerateConfig
     ) -> list[Response]:

@@ -49,6 +49,8 @@ class OpenAIEngine:
         self.model = endpoint.served_model(source)
         self.manner, answer = self._probe()
         self._answers_as = answer.model
+        told = "token ids" if self.manner.tells_ids else "text"
+        self.maker: str | None = f"{answer.model} of a server that tells {told}"
         if self.model not in answer.model and answer.model not in self.model:
             raise InputError(
                 f"{KEY}.model: asked for {self.model}, {endpoint.config.base_url} answers as {answer.model}. Give the "

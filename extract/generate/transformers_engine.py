@@ -36,6 +36,8 @@ class TransformersEngine:
     the token ids (B,) that this process has sampled the same in all of them.
     """
 
+    maker: str | None = None
+
     def __init__(
         self,
         model: PreTrainedModel,

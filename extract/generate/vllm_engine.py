@@ -4,6 +4,7 @@ vLLM's scheduler runs in this process, so that a run depends on nothing but its 
 lies in processes below this one, which end with it.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -85,9 +86,10 @@ class VllmEngine:
             # Only our settings count: a checkpoint's own sampling defaults must not slip in.
             generation_config="vllm",
             seed=0,
-            # On CPUs it shares prefixes by 128 tokens unless told otherwise, which is more than many a system prompt has.
+            # On CPUs it shares prefixes by 128 tokens unless told otherwise: more than many a system prompt has.
             **({"block_size": CPU_BLOCK} if on_cpu else {}),
         )
+        self.maker: str | None = f"vllm {importlib.metadata.version(_distribution())}"
         self.longest = int(self._llm.model_config.max_model_len)
         """Tokens of prompt and response together."""
         self.prompt_tokens = 0
@@ -142,6 +144,11 @@ class VllmEngine:
     def close(self) -> None:
         """End the processes of its ranks, and free its memory. It can't generate after it."""
         self._llm.llm_engine.engine_core.shutdown()
+
+
+def _distribution() -> str:
+    """Name under which vLLM is installed: builds for CPUs have one of their own."""
+    return importlib.metadata.packages_distributions()["vllm"][0]
 
 
 def _too_long(tokens: int, longest: int) -> Response:

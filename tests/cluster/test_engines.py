@@ -1,5 +1,6 @@
 """Engines other than transformers' own: what is refused, what they need of a cluster, and a server behind Ray."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,8 @@ def test_a_server_behind_ray(model: Model, tmp_path: Path) -> None:
         assert [(ids, reason) for _, ids, reason in found] == [
             (response.token_ids, response.finish_reason) for response in truth
         ]
+        made = {json.loads(rollout.sampling)["maker"] for rollout in to_rollouts(read_rollouts(asking.folder))}
+        assert made == {f"{model.checkpoint.source} of a server that tells token ids"}
         # A unit whose record is gone is asked for again, and nothing else.
         folder = LocalFolder(tmp_path / "asked")
         [slot] = [slot for slot in committed_slots(folder) if slot[1] == 1]

@@ -1,5 +1,6 @@
 """The vllm engine end to end: actors in vLLM's environment under a driver in ours, and what SIGKILL does to them."""
 
+import json
 import os
 import signal
 import subprocess
@@ -108,6 +109,8 @@ def test_generated_stored_extracted_verified(place: Place) -> None:
     assert all(1 <= len(row["response_token_ids"]) <= TOKENS for row in sampled if row["dropped"] is None)
     assert sum(row["dropped"] is None for row in sampled) > ROWS / 2
     assert {row["finish_reason"] for row in sampled} <= {"stop", "length"}
+    made = read_rollouts(folder).column("sampling").to_pylist()
+    assert all(json.loads(sampling)["maker"].startswith("vllm 0.") for sampling in made)
 
 
 def test_killed_generator_is_replaced_and_says_the_same(place: Place) -> None:
