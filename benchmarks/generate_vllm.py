@@ -1,8 +1,7 @@
-"""Engines to compare generation with: vLLM in an environment of its own, and a loop over prompts as one would write it.
+"""vLLM to compare generation with, in an environment of its own.
 
     vllm = VllmProcess(Path(".venv-vllm/bin/python"), model, threads=2)   # loads the model once
     vllm.sample(prompts, seeds, GenerateConfig(max_new_tokens=64)).rate   # tokens/s
-    naive(load_causal_lm(checkpoint, dtype="bfloat16"), prompts, config).rate
 
 Run as a program (in vLLM's environment) this is what `VllmProcess` talks to.
 """
@@ -71,27 +70,6 @@ class VllmProcess:
             raise RuntimeError(f"the process of vLLM ended with {self._process.wait()}")
         answer: dict[str, Any] = json.loads(line)
         return answer
-
-
-def naive(model: Any, prompts: Sequence[Sequence[int]], config: GenerateConfig) -> Sampled:
-    """One prompt after the other through transformers' `generate`, with its own sampling."""
-    import torch
-
-    tokens, begin = 0, time.perf_counter()
-    for prompt in prompts:
-        ids = torch.tensor([list(prompt)], device=model.device)
-        found = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=True,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=0,
-            max_new_tokens=config.max_new_tokens,
-        )
-        made = found.shape[1] - len(prompt)
-        tokens += made - (made < config.max_new_tokens)
-    return Sampled(seconds=time.perf_counter() - begin, tokens=tokens)
 
 
 def serve() -> None:
