@@ -33,7 +33,6 @@ personas: {{only: [pirate, ghost, teacher], prompts: 2, max_questions: 8}}
 generate: {{engine: vllm, max_new_tokens: {tokens}, batch_rows: 8}}
 extract: {{window_rows: 16}}
 store: {{root: {root}, run: {run}, unit_rows: 4, layer_group: 2}}
-analysis: {{components: 2}}
 cluster: {{device: cpu, vllm: {{python: {python}, cache_gib: 0.2}}}}
 """
 ROWS = 64
@@ -49,14 +48,14 @@ class Place:
         self.model = tiny_checkpoint(folder / "model", layers=2, hidden=128)
 
     def start(
-        self, run: str, *, python: str = sys.executable, mark: str = "", steps: str = "generate"
+        self, run: str, *, python: str = sys.executable, mark: str = "", step: str = "generate"
     ) -> subprocess.Popen[str]:
         file = self.folder / f"{run}.yaml"
         inside = python != sys.executable
         vllm = "null" if inside else PYTHON
         file.write_text(CONFIG.format(model=self.model, root=self.folder, run=run, python=vllm, tokens=TOKENS))
         return subprocess.Popen(
-            [python, "-m", "personaspace", steps, str(file)],
+            [python, "-m", "personaspace", step, str(file)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -83,7 +82,8 @@ class Place:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     place = Place(tmp_path_factory.mktemp("place"))
-    place.finish(place.start("undisturbed", steps="run"))
+    for step in ("generate", "extract"):
+        place.finish(place.start("undisturbed", step=step))
     return place
 
 
