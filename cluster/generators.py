@@ -1,4 +1,4 @@
-"""Ray actors that generate: one whole model each, publishing finished units themselves."""
+"""Ray actors that generate: an engine each, publishing finished units themselves."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -10,22 +10,18 @@ import ray
 import torch
 
 from personaspace.cluster.capturing import CapturedUnit, Capturing
-from personaspace.cluster.config import Generation
+from personaspace.cluster.engines import GeneratorSpec, load_engine
 from personaspace.cluster.events import Busy, Loaded
 from personaspace.cluster.faults import explain
 from personaspace.cluster.replicas import loaded
 from personaspace.cluster.sharding import Member
-from personaspace.cluster.shards import ShardWriter
-from personaspace.cluster.tensor import load_causal_lm_parallel
 from personaspace.extract.chat import ChatFormat
-from personaspace.extract.checkpoint import Checkpoint
-from personaspace.extract.config import AuditorConfig, GenerateConfig, ModelConfig
+from personaspace.extract.config import GenerateConfig
 from personaspace.extract.generate.auditor import choose_user
 from personaspace.extract.generate.conversations import Talk, hold_conversations
 from personaspace.extract.generate.engine import Response
 from personaspace.extract.generate.noise import rollout_seed
-from personaspace.extract.generate.transformers_engine import TransformersEngine, load_causal_lm
-from personaspace.extract.offload import Offload, load_causal_lm_offloaded
+from personaspace.extract.generate.transformers_engine import TransformersEngine
 from personaspace.extract.packing import DUMMY_TOKEN
 from personaspace.extract.personas import PlannedRollout
 from personaspace.extract.pooling import Pooled
@@ -88,30 +84,9 @@ class Stored:
     busy: Busy
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GeneratorSpec:
-    """What a generator actor is made from."""
-
-    checkpoint: Checkpoint
-    model: ModelConfig
-    config: GenerateConfig
-    auditor: AuditorConfig
-    """Who is the user in conversations of several turns."""
-    fence: Fence
-    sharding: Generation
-    rank: int
-    """In a gang; else 0."""
-    ranks: int
-    offload: Offload | None
-    capture: ShardWriter | None
-    """Writes what is captured; None where nothing is."""
-    device: str
-    threads: int
-
-
 @ray.remote(concurrency_groups={"store": 1})
 class Generator(Member):
-    """Holds a model, or a rank's share of it, and turns units into committed rollouts."""
+    """Holds an engine, or a rank's share of it, and turns units into committed rollouts."""
 
     def __init__(self, spec: GeneratorSpec) -> None:
         torch.set_num_threads(spec.threads)
@@ -121,18 +96,13 @@ class Generator(Member):
         """Window -> its units' rollouts and what was captured of them, until they are committed."""
 
     def load(self, meeting: str = "") -> Loaded:
-        """Load the model. ``meeting``: of a gang."""
+        """Load the model, or find the server. ``meeting``: of a gang."""
         spec, begin = self._spec, time.monotonic()
-        dtype, agree = spec.model.dtype, None
-        if spec.sharding == "tensor":
-            gang = self.join(meeting, rank=spec.rank, ranks=spec.ranks, device=spec.device)
-            model, agree = load_causal_lm_parallel(spec.checkpoint, gang, dtype=dtype), gang.agree
-        elif spec.offload is not None:
-            model = load_causal_lm_offloaded(spec.checkpoint, spec.offload, dtype=dtype, device=spec.device)
-        else:
-            model = load_causal_lm(spec.checkpoint, dtype=dtype, device=spec.device)
-        self._engine = TransformersEngine(model, self._chat, device=spec.device, agree=agree)
-        self._capturing = spec.capture and Capturing(self._engine, spec.checkpoint, spec.capture)
+        self._engine = load_engine(spec, self._chat, partial(self.join, meeting))
+        self._capturing: Capturing | None = None
+        if spec.capture is not None:
+            assert isinstance(self._engine, TransformersEngine)  # check_engine has seen to it.
+            self._capturing = Capturing(self._engine, spec.checkpoint, spec.capture)
         positions = spec.checkpoint.max_positions
         self._user = choose_user(spec.auditor, self._engine, self._chat, spec.config, max_positions=positions)
         return loaded(begin)
@@ -146,7 +116,7 @@ class Generator(Member):
             for place in order.left_out:
                 prompts[place] = [DUMMY_TOKEN] * len(prompts[place])
             seeds = [rollout_seed(self._spec.config.seed, row.rollout_id) for row in planned]
-            sampled = self._engine.generate_captured(prompts, seeds, self._spec.config)
+            sampled = self._sample(prompts, seeds, self._spec.config)
             talks = self._talk_on(order, planned, sampled)
             for place, talk in talks.items():
                 # What is stored of a conversation is its last turn, and all before is the prompt.
@@ -165,6 +135,13 @@ class Generator(Member):
         tokens += sum(talk.earlier_tokens for talk in talks.values())
         return Sampled(tokens=tokens, busy=Busy(activity="generate", start=begin, stop=time.time()))
 
+    def _sample(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: GenerateConfig
+    ) -> list[tuple[Response, Pooled | None]]:
+        if self._capturing is not None:
+            return self._capturing.generate(prompts, seeds, config)
+        return [(response, None) for response in self._engine.generate(prompts, seeds, config)]
+
     def _talk_on(
         self, order: Order, planned: Sequence[PlannedRollout], sampled: Sequence[tuple[Response, Pooled | None]]
     ) -> dict[int, Talk]:
@@ -176,7 +153,7 @@ class Generator(Member):
         }
         positions = self._spec.checkpoint.max_positions
         return hold_conversations(
-            self._engine, self._chat, self._user, opened, self._spec.config, max_positions=positions
+            self._sample, self._chat, self._user, opened, self._spec.config, max_positions=positions
         )
 
     def _keep(
@@ -202,6 +179,7 @@ class Generator(Member):
                     "chat": self._chat,
                     "config": self._spec.config,
                     "max_positions": self._spec.checkpoint.max_positions,
+                    "maker": self._engine.maker,
                 }
                 rollouts.append(
                     held_rollout(row, role, talks[place], auditor=self._spec.auditor, **told)

@@ -244,8 +244,11 @@ def _generation(generate: GenerateConfig) -> dict[str, Any]:
     """The settings that decide a response's text, or that there is none to generate."""
     if generate.responses is not None:
         return {"imported": True}
+    served = generate.endpoint.model if generate.engine == "openai" else None
     return {
-        "engine": "transformers",
+        "engine": generate.engine,
+        # Which model a server's name stands for, nobody can see from here.
+        **({} if served is None else {"served_model": served}),
         "max_new_tokens": generate.max_new_tokens,
         "temperature": generate.temperature,
         "top_p": generate.top_p,

@@ -71,7 +71,7 @@ def room(nodes: Sequence[Node], workers: Workers, actors: int) -> int:
     fitting = 0
     for node in nodes:
         by_cpu = int(node.cpus / workers.cpus + 1e-6) if workers.cpus else actors
-        fitting += min(by_cpu, int(node.gpus)) if workers.gpus else by_cpu
+        fitting += min(by_cpu, int(node.gpus) // workers.gpus) if workers.gpus else by_cpu
     return fitting // actors
 
 

@@ -102,11 +102,6 @@ def extraction_actors(job: Job, cluster: ClusterConfig, nodes: Sequence[Node]) -
     return cluster.stages or fewest_stages(job, nodes, chosen_device(nodes, cluster.device))
 
 
-def generation_actors(cluster: ClusterConfig, nodes: Sequence[Node]) -> int:
-    """Actors of a replica that generates. Raises InputError where the size of a gang is open."""
-    return gang_size(cluster, nodes) if generation_sharding(cluster) == "tensor" else 1
-
-
 def gang_size(cluster: ClusterConfig, nodes: Sequence[Node]) -> int:
     """Ranks of a gang: as set, or all GPUs of a node."""
     with_gpus = [int(node.gpus) for node in nodes if node.gpus]

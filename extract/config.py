@@ -1,6 +1,6 @@
 """The parts of the config that say which model, which personas, how to generate and how to extract."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
@@ -9,6 +9,7 @@ from pydantic import BeforeValidator
 Dtype = Literal["bfloat16", "float16", "float32"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 Packing = Literal["auto", "padded", "packed"]
+EngineName = Literal["transformers", "vllm", "openai"]
 Site = Literal["resid_post", "resid_pre", "attn_out", "mlp_out"]
 
 
@@ -105,8 +106,49 @@ class PersonasConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EndpointConfig:
+    """A server that speaks OpenAI's protocol (no identity, except the model)."""
+
+    base_url: str | None = None
+    """Its address with the version, such as http://HOST:8000/v1."""
+    model: str | None = None
+    """Name under which it serves the model. Default: the only model that it lists, or the one listed as `model.id`."""
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable with the key, on the nodes that ask. Servers of your own may need none."""
+    concurrency: Annotated[int, Ge(1)] = 64
+    """Requests on their way at once."""
+    timeout: Annotated[float, Gt(0)] = 600.0
+    """Seconds to wait for an answer."""
+    retries: Annotated[int, Ge(0)] = 8
+    """Times that a request is repeated after 408, 409, 429, 5xx, a timeout or a lost connection, with growing pauses
+    (up to 8 s) or as long as the server says (up to 2 min)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VllmConfig:
+    """How vLLM runs (execution: it doesn't decide what is sampled)."""
+
+    python: str | None = None
+    """Python of the environment that has vLLM, the same path on every node. Default: the environment of the command."""
+    memory: Annotated[float, Gt(0), Le(1)] = 0.9
+    """Share of each GPU's memory for weights, cache and everything else of vLLM's."""
+    cache_gib: Annotated[float, Gt(0)] | None = None
+    """Memory in GiB for keys and values, per rank. Default: what `memory` leaves on a GPU; 2 on CPUs."""
+    max_sequences: Annotated[int, Ge(1)] = 256
+    """Rollouts decoded at once; `generate.batch_rows` should be a few times that."""
+    eager: bool | None = None
+    """Run without CUDA graphs and compiled kernels. Default: on CPUs only, where compiling needs a C++ compiler."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateConfig:
     """How responses are sampled, or where finished ones come from (identity, unless noted)."""
+
+    engine: EngineName = "transformers"
+    """What samples: `transformers`; `vllm`, for speed (an environment of its own, see docs/generation.md); `openai`, a
+    server with a /completions endpoint."""
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    """The server of `engine: openai`."""
 
     responses: str | None = None
     """Folder of assistant-axis response files (ROLE.jsonl) to import instead of generating."""

@@ -31,8 +31,12 @@ def generated_rollout(
     chat: ChatFormat,
     config: GenerateConfig,
     max_positions: int | None,
+    maker: str | None = None,
 ) -> Rollout:
-    """The rollout of a sampled response; dropped, with the reason, if there is nothing to average."""
+    """The rollout of a sampled response; dropped, with the reason, if there is nothing to average.
+
+    ``maker`` of the engine.
+    """
     conversation = Conversation(prompt=list(prompt), response=response.token_ids, spans=[])
     dropped = None
     try:
@@ -46,9 +50,9 @@ def generated_rollout(
         response.text,
         response.finish_reason,
         chat.template_hash,
-        sampling=_sampling(config),
+        sampling=_sampling(config, maker),
         seed=rollout_seed(config.seed, planned.rollout_id),
-        dropped=dropped or why_dropped(conversation, response.text, max_positions),
+        dropped=response.unusable or dropped or why_dropped(conversation, response.text, max_positions),
     )
 
 
@@ -61,8 +65,12 @@ def held_rollout(
     config: GenerateConfig,
     auditor: AuditorConfig,
     max_positions: int | None,
+    maker: str | None = None,
 ) -> Rollout:
-    """The rollout of a conversation of several turns; dropped, with the reason, if it broke off."""
+    """The rollout of a conversation of several turns; dropped, with the reason, if it broke off.
+
+    ``maker`` of the engine.
+    """
     assert planned.script is not None
     user: dict[str, str] = {"played_by": auditor.played_by}
     if auditor.played_by != "script":
@@ -76,7 +84,7 @@ def held_rollout(
         talk.response.text,
         talk.response.finish_reason,
         chat.template_hash,
-        sampling={**_sampling(config), "turns": [asdict(turn) for turn in talk.turns], "user": user},
+        sampling={**_sampling(config, maker), "turns": [asdict(turn) for turn in talk.turns], "user": user},
         seed=rollout_seed(config.seed, planned.rollout_id),
         dropped=talk.dropped or why_dropped(talk.conversation, talk.response.text, max_positions),
     )
@@ -146,8 +154,9 @@ def micro_batches(rollouts: pa.Table, readout: Readout, token_budget: int, *, pa
     return form_batches(tokens, segments, token_budget, packed=packed)
 
 
-def _sampling(config: GenerateConfig) -> dict[str, Any]:
-    return {"temperature": config.temperature, "top_p": config.top_p, "max_new_tokens": config.max_new_tokens}
+def _sampling(config: GenerateConfig, maker: str | None) -> dict[str, Any]:
+    told = {"temperature": config.temperature, "top_p": config.top_p, "max_new_tokens": config.max_new_tokens}
+    return told if maker is None else {**told, "maker": maker}
 
 
 def _rollout(

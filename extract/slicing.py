@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -13,6 +14,10 @@ from personaspace.extract.checkpoint import Checkpoint
 from personaspace.extract.config import Attention, Dtype
 from personaspace.extract.quantization import check_packages
 from personaspace.extract.weights import local_folder, slice_files
+from personaspace.store.errors import InputError
+
+OLDEST = (5, 20)
+"""Version of transformers whose models are read as docs/models.md says."""
 
 
 class PassThrough(nn.Module):
@@ -59,6 +64,15 @@ class Slice:
     """All of the model's; pass-throughs outside of the slice."""
     compiled: bool
     """Blocks run as torch.compile makes them; what happens inside of them can't be read."""
+
+    def __post_init__(self) -> None:
+        found = transformers.__version__
+        if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+            # 5.19 and packed rollouts of Llama 4, for one: activations 155% off, without a word.
+            raise InputError(
+                f"transformers: {found} is for generation only (vLLM asks for it); reading activations takes "
+                f"{OLDEST[0]}.{OLDEST[1]} or newer. Run `personaspace extract` in an environment that has it."
+            )
 
 
 def load_slice(

@@ -12,6 +12,7 @@ from personaspace.analysis.publish import publish_report
 from personaspace.analysis.quality.assess import assess
 from personaspace.analysis.quality.words import warnings
 from personaspace.cluster.droplimit import DropLimit
+from personaspace.cluster.engines import check_engine
 from personaspace.cluster.events import Note
 from personaspace.cluster.extraction import extract
 from personaspace.cluster.generation import generate
@@ -152,5 +153,6 @@ def _prepare(config: RunConfig, *, keep: bool = False) -> Job:
         execution={"config": asdict(config)},
         keep=keep,
     )
+    check_engine(config.generate, config.cluster)
     check_sharding(job, config.cluster)
     return job

@@ -60,7 +60,7 @@ class Workload:
     window_rows: int
     """Rollouts in a full window."""
     batches: int
-    """Groups of rollouts that are decoded together; a group of conversations counts once for each turn."""
+    """Groups of rollouts decoded together on the cluster; a group of conversations counts once for each turn."""
     batch_rows: int
     """Rollouts in a full one."""
     prompt_tokens: float
@@ -152,7 +152,8 @@ def count_work(
         segments=places // len(extract.sites),
         windows=len(window),
         window_rows=min(layout.rows, len(window[0]) * layout.unit_rows),
-        batches=0 if imported else math.ceil(len(batch) * turns),
+        # Of a server nobody knows how fast it is.
+        batches=0 if imported or generate.engine == "openai" else math.ceil(len(batch) * turns),
         batch_rows=min(layout.rows, len(batch[0]) * layout.unit_rows),
         prompt_tokens=prompt,
         response_tokens=response,

@@ -4,7 +4,7 @@ Each turn is one batch for the engine, with a seed of its own for every conversa
 float32 a conversation's text does not depend on the others; in bfloat16 it does, and batches are fixed by the plan.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -39,6 +39,10 @@ class Said:
 
     text: str
     refused: str = ""
+
+
+Sample = Callable[[Sequence[Sequence[int]], Sequence[int], GenerateConfig], list[tuple[Response, Pooled | None]]]
+"""As `Engine.generate`, with what was captured of each response, if anything was."""
 
 
 class User(Protocol):
@@ -84,7 +88,7 @@ class Player:
             seeds = [asked[place].seed for place in fitting]
             responses = self._engine.generate([prompts[place] for place in fitting], seeds, self._config)
             for place, response in zip(fitting, responses, strict=True):
-                said[place] = Said(text=without_reasoning(response.text))
+                said[place] = Said(text=without_reasoning(response.text), refused=response.unusable or "")
         return said
 
     def _too_long(self, tokens: int) -> str:
@@ -106,15 +110,6 @@ class Turn:
     finish_reason: FinishReason
     tokens: Fate
     """What the rollout's prompt holds of it; of the last turn, which is the response, `sampled`."""
-
-
-class Sampler(Protocol):
-    """An engine that also says what it captured of each response, if it captures."""
-
-    def generate_captured(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: GenerateConfig
-    ) -> list[tuple[Response, Pooled | None]]:
-        """As `Engine.generate`, with each response's sums."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,7 +148,7 @@ def turn_seed(seed: int, planned: PlannedRollout, turn: int, who: str = "assista
 
 
 def hold_conversations(
-    engine: Sampler,
+    sample: Sample,
     chat: ChatFormat,
     user: User,
     opened: Mapping[int, tuple[PlannedRollout, Response, Pooled | None]],
@@ -173,6 +168,7 @@ def hold_conversations(
             dialogue=open_dialogue(chat, planned.messages),
             responses=[response],
             pooled=pooled,
+            dropped=response.unusable,
             seeds=[turn_seed(config.seed, planned, 0)],
         )
         for place, (planned, response, pooled) in opened.items()
@@ -186,10 +182,11 @@ def hold_conversations(
         for talk in going:
             talk.seeds.append(turn_seed(config.seed, talk.planned, turn))
         prompts = [talk.dialogue.prompt for talk in going]
-        sampled = engine.generate_captured(prompts, [talk.seeds[-1] for talk in going], config)
+        sampled = sample(prompts, [talk.seeds[-1] for talk in going], config)
         for talk, (response, pooled) in zip(going, sampled, strict=True):
             talk.responses.append(response)
             talk.pooled = pooled
+            talk.dropped = response.unusable
     return {place: _finish(chat, talk) for place, talk in talks.items()}
 
 

@@ -18,10 +18,15 @@ class Response:
     """Without the end-of-turn token."""
     text: str
     finish_reason: FinishReason
+    unusable: str | None = None
+    """Why the rollout has to be dropped, though the engine works: a server's answer that can't be read, for example."""
 
 
 class Engine(Protocol):
     """A model that samples responses."""
+
+    maker: str | None
+    """What samples, to be kept with the responses; None where the session's versions in run.json say it."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: GenerateConfig

@@ -12,7 +12,8 @@ from personaspace.extract.checkpoint import Checkpoint
 from personaspace.extract.config import Dtype, GenerateConfig
 from personaspace.extract.generate.capture import Capture
 from personaspace.extract.generate.continuous import sample_continuously
-from personaspace.extract.generate.engine import FinishReason, Response
+from personaspace.extract.generate.ending import end_response, stop_ids
+from personaspace.extract.generate.engine import Response
 from personaspace.extract.generate.noise import GumbelTopP
 from personaspace.extract.pooling import Pooled
 from personaspace.extract.reductions import Readout
@@ -35,6 +36,8 @@ class TransformersEngine:
     the token ids (B,) that this process has sampled the same in all of them.
     """
 
+    maker: str | None = None
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -48,7 +51,7 @@ class TransformersEngine:
         self._model: Any = model
         self._agree = agree
         self._capture: Capture | None = None
-        self._stop_ids = _stop_ids(self._model.generation_config.eos_token_id, chat.tokenizer.eos_token_id)
+        self._stop_ids = stop_ids(self._model.generation_config.eos_token_id, chat.tokenizer.eos_token_id)
         # Only these settings count: a checkpoint's own sampling defaults must not slip in.
         self._model.generation_config = GenerationConfig(
             eos_token_id=self._stop_ids or None, pad_token_id=next(iter(self._stop_ids), 0), do_sample=False
@@ -91,7 +94,7 @@ class TransformersEngine:
         """
         if config.batching == "continuous":
             sampled = sample_continuously(self._model, prompts, seeds, config, self._model.generation_config)
-            return [(self._finish(token_ids), None) for token_ids in sampled]
+            return [(end_response(self._chat, self._stop_ids, token_ids), None) for token_ids in sampled]
         length = max(len(prompt) for prompt in prompts)
         ids_BT = torch.zeros((len(prompts), length), dtype=torch.long)
         mask_BT = torch.zeros_like(ids_BT)
@@ -113,25 +116,11 @@ class TransformersEngine:
             **({"stop_strings": stops, "tokenizer": self._chat.tokenizer} if stops else {}),
         )
         sampled = generated_BT[:, length : length + config.max_new_tokens].tolist()
-        responses = [self._finish(token_ids) for token_ids in sampled]
+        responses = [end_response(self._chat, self._stop_ids, token_ids) for token_ids in sampled]
         if self._capture is None:
             return [(response, None) for response in responses]
         pooled = self._capture.finish([len(response.token_ids) for response in responses])
         return list(zip(responses, pooled, strict=True))
-
-    def _finish(self, token_ids: list[int]) -> Response:
-        """Cut the response at its end of turn or stop string."""
-        end = next((i for i, token in enumerate(token_ids) if token in self._stop_ids), len(token_ids))
-        finish_reason: FinishReason = "stop" if end < len(token_ids) else "length"
-        token_ids = token_ids[:end]
-        for stop in self._chat.stop_strings:
-            cut = self._chat.decode(token_ids).find(stop)
-            if cut >= 0:
-                finish_reason = "stop"
-                # A token that holds even a part of the stop string belongs to the next turn.
-                while len(self._chat.decode(token_ids)) > cut:
-                    token_ids = token_ids[:-1]
-        return Response(token_ids=token_ids, text=self._chat.decode(token_ids), finish_reason=finish_reason)
 
 
 class _Stepping(LogitsProcessor):
@@ -156,12 +145,3 @@ class _Agreed(LogitsProcessor):
         """Scores ``(B, V)`` with the agreed token's at 0 and all others at minus infinity."""
         token_B = self._agree(scores.argmax(1))
         return torch.full_like(scores, -torch.inf).scatter_(1, token_B[:, None], 0.0)
-
-
-def _stop_ids(*candidates: int | list[int] | None) -> list[int]:
-    """End-of-turn ids from the generation config and the tokenizer, in order, without doubles."""
-    stop_ids: dict[int, None] = {}
-    for candidate in candidates:
-        for token in [candidate] if isinstance(candidate, int) else candidate or []:
-            stop_ids[token] = None
-    return list(stop_ids)

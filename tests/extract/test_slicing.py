@@ -17,6 +17,7 @@ from personaspace.extract.checkpoint import Checkpoint, resolve
 from personaspace.extract.config import Dtype, ModelConfig
 from personaspace.extract.slicing import PassThrough, load_slice
 from personaspace.extract.stage import Stage
+from personaspace.store.errors import InputError
 from tests.models import FAMILIES, tiny_checkpoint
 
 LAYERS = 6
@@ -160,3 +161,13 @@ def test_pass_through() -> None:
     block.attention_type = "sliding_attention"
     assert PassThrough(block).attention_type == "sliding_attention"
     assert list(PassThrough(block).parameters()) == []
+
+
+def test_a_transformers_that_is_too_old_reads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.__version__", "5.19.0")
+    with pytest.raises(InputError) as error:
+        load_slice(tiny(tmp_path, "llama"), first=0, stop=2, dtype="float32")
+    assert str(error.value) == (
+        "transformers: 5.19.0 is for generation only (vLLM asks for it); reading activations takes 5.20 or newer. Run "
+        "`personaspace extract` in an environment that has it."
+    )

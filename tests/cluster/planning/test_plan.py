@@ -65,13 +65,14 @@ def plan(
     rollouts: PersonaPlan = SMALL,
     asked: Asked | None = None,
     store: StoreConfig | None = None,
+    generate: GenerateConfig | None = None,
     **extract: int,
 ) -> RunPlan:
     return plan_run(
         shape,
         rollouts,
         model=ModelConfig(id=shape.name),
-        generate=GenerateConfig(),
+        generate=generate or GenerateConfig(),
         extract=ExtractConfig(**extract),  # type: ignore[arg-type]
         store=store or StoreConfig(root="/store", run="run"),
         machines=machines,
@@ -99,6 +100,13 @@ def test_the_paper_on_one_node() -> None:
     assert made is not None
     assert made.generators * made.devices_each == 8
     assert made.need.fits(made.memory_bytes)
+
+
+def test_a_server_generates_elsewhere() -> None:
+    own, asked = plan(LLAMA, cluster(1, 8)), plan(LLAMA, cluster(1, 8), generate=GenerateConfig(engine="openai"))
+    assert asked.generation is None
+    assert asked.work.longest == own.work.longest
+    assert asked.extraction == own.extraction
 
 
 @pytest.mark.parametrize(("shape", "stages"), [(GEMMA, 1), (QWEN, 1), (LLAMA, 2)])
