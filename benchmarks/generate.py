@@ -1,11 +1,13 @@
 """Generation: engines against a naive loop, and capturing while generating against a second pass, side by side.
 
     python benchmarks/generate.py                           # SmolLM2-135M (make demo fetches it); half an hour
+    python benchmarks/generate.py --vllm .venv-vllm/bin/python   # beside vLLM (`make vllm`)
     python benchmarks/generate.py --quick --json out.json
-    python benchmarks/generate.py --device cuda --random 8B # random weights of Llama 3.1 8B's shape
+    python benchmarks/generate.py --device cuda --random --rows 1024 --batch 256   # Llama 3.1 8B's shape
 
-- static, continuous: batches of the transformers engine; naive: stock `generate`, one prompt after another. All sample
-  with the same temperature and top-p. `engine_over_naive` is the ratio of response tokens per second.
+- static, continuous: batches of the transformers engine; vllm: the vllm engine, in a process of its environment;
+  naive: stock `generate`, one prompt after another. All sample with the same temperature and top-p.
+  `engine_over_naive` is the ratio of response tokens per second.
 - `capture_over_generate`: time of static batches that are captured, over the same without.
 - `replay_total_over_capture_total`: time of generating and a pass over the finished rollouts, over that of capturing.
 - `min_cosine`: the least cosine, over rollouts and layers, of captured means and those of a replay.
@@ -22,8 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from extract_gpu import LLAMA_8B, TINY
+from generate_vllm import Sampled, VllmProcess
 from machine import describe_machine
 from ratios import ratio, show
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from personaspace.extract.chat import ChatFormat
 from personaspace.extract.checkpoint import Checkpoint, resolve
@@ -49,11 +54,16 @@ class Bench:
     """A model, and what is measured on it."""
 
     def __init__(
-        self, checkpoint: Checkpoint, model: ModelConfig, rows: int, config: GenerateConfig, device: str
+        self,
+        checkpoint: Checkpoint,
+        model: Any,
+        chat: ChatFormat,
+        rows: int,
+        config: GenerateConfig,
+        device: str,
+        vllm: VllmProcess | None,
     ) -> None:
-        self.config = config
-        self._chat = ChatFormat(checkpoint, model)
-        self._model: Any = load_causal_lm(checkpoint, dtype=model.dtype, device=device)
+        self.config, self._chat, self._model, self._vllm = config, chat, model, vllm
         self._engine = TransformersEngine(self._model, self._chat, device=device)
         self._captured = TransformersEngine(self._model, self._chat, device=device)
         self._slice: Slice = self._captured.slice(checkpoint)
@@ -69,6 +79,10 @@ class Bench:
 
     def continuous(self) -> list[Response]:
         return self._engine.generate(self._prompts, self._seeds, replace(self.config, batching="continuous"))
+
+    def vllm(self) -> Sampled:
+        assert self._vllm
+        return self._vllm.sample(self._prompts, self._seeds, self.config)
 
     def capture(self) -> list[tuple[Response, Pooled | None]]:
         return self._in_batches(self._captured.generate_captured, self.config)
@@ -117,7 +131,7 @@ class Bench:
         ]
 
 
-def measure(bench: Bench, rounds: int) -> dict[str, Any]:
+def measure(bench: Bench, rounds: int, *, vllm: bool) -> dict[str, Any]:
     """Seconds and tokens of each contender in each round, in an order that alternates."""
     contenders: dict[str, Callable[[], Any]] = {
         "static": bench.static,
@@ -126,6 +140,9 @@ def measure(bench: Bench, rounds: int) -> dict[str, Any]:
         "naive": bench.naive,
     }
     bench.capture()  # Nobody pays for what happens once.
+    if vllm:
+        contenders["vllm"] = bench.vllm
+        bench.vllm()
     found: dict[str, Any] = {name: {"seconds": [], "tokens": []} for name in (*contenders, "replay")}
     for number in range(rounds):
         names = list(contenders)[:: -1 if number % 2 else 1]
@@ -133,6 +150,9 @@ def measure(bench: Bench, rounds: int) -> dict[str, Any]:
             begin = time.perf_counter()
             made = contenders[name]()
             found[name]["seconds"].append(time.perf_counter() - begin)
+            if isinstance(made, Sampled):
+                found[name]["tokens"].append(made.tokens)
+                continue
             responses = [one[0] for one in made] if name == "capture" else made
             found[name]["tokens"].append(sum(len(response.token_ids) for response in responses))
             if name == "static":
@@ -141,6 +161,15 @@ def measure(bench: Bench, rounds: int) -> dict[str, Any]:
                 found["replay"]["seconds"].append(time.perf_counter() - begin)
                 found["replay"]["tokens"].append(found["static"]["tokens"][-1])
     return found
+
+
+def random_model(checkpoint: Checkpoint, dtype: Dtype, device: str, *, quick: bool) -> tuple[Checkpoint, Any]:
+    """A Llama of random weights, made on the device, and the checkpoint as if it were that."""
+    shape = {**(TINY if quick else LLAMA_8B), "vocab_size": LLAMA_8B["vocab_size"]}
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=getattr(torch, dtype))
+    layers, hidden = shape["num_hidden_layers"], shape["hidden_size"]
+    return replace(checkpoint, layers=layers, hidden=hidden), model.eval()
 
 
 def agreement(bench: Bench) -> float:
@@ -164,6 +193,8 @@ def per_second(found: dict[str, Any], name: str) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(DEFAULT_FOLDER), help="checkpoint folder")
+    parser.add_argument("--random", action="store_true", help="random weights of Llama 3.1 8B's shape, not the model's")
+    parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="of an environment with vLLM; with --model only")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", type=int, default=120)
     parser.add_argument("--tokens", type=int, default=64, help="longest response")
@@ -172,23 +203,38 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="8 rollouts of 16 tokens, 2 rounds")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
+    if arguments.vllm and arguments.random:
+        parser.error("--vllm loads the weights of --model, so it does not go with --random")
     rows, tokens, batch, rounds = arguments.rows, arguments.tokens, arguments.batch, arguments.rounds
     if arguments.quick:
         rows, tokens, batch, rounds = 8, 16, 4, 2
     config = GenerateConfig(max_new_tokens=tokens, batch_rows=batch)
     figures: dict[str, Any] = {"machine": describe_machine(Path.cwd())}
 
-    def bench(dtype: Dtype) -> Bench:
-        model = ModelConfig(id=arguments.model, dtype=dtype)
-        return Bench(resolve(model), model, rows, config, arguments.device)
+    def bench(dtype: Dtype, vllm: VllmProcess | None = None) -> Bench:
+        named = ModelConfig(id=arguments.model, dtype=dtype)
+        checkpoint = resolve(named, hashed=False)
+        chat = ChatFormat(checkpoint, named)
+        if arguments.random:
+            checkpoint, model = random_model(checkpoint, dtype, arguments.device, quick=arguments.quick)
+        else:
+            model = load_causal_lm(checkpoint, dtype=dtype, device=arguments.device)
+        return Bench(checkpoint, model, chat, rows, config, arguments.device, vllm)
 
     figures["min_cosine"] = {dtype: agreement(bench(dtype)) for dtype in ("float32", "bfloat16")}
     print(f"least cosine of captured and replayed means: {figures['min_cosine']}")
-    found = measure(bench("bfloat16"), rounds)
-    speeds = {name: per_second(found, name) for name in ("static", "continuous", "capture", "naive")}
+    vllm = None
+    if arguments.vllm:
+        served = ModelConfig(id=arguments.model, dtype="bfloat16")
+        vllm = VllmProcess(arguments.vllm, served, threads=torch.get_num_threads())
+        print(f"vllm: loaded in {vllm.loading:.0f} s")
+    found = measure(bench("bfloat16", vllm), rounds, vllm=vllm is not None)
+    if vllm:
+        vllm.close()
+    speeds = {name: per_second(found, name) for name in found if name != "replay"}
     for name, each in speeds.items():
         print(f"{name}: median {statistics.median(each):,.0f} response tokens/s")
-    engines = {name: ratio(speeds[name], speeds["naive"]) for name in ("static", "continuous")}
+    engines = {name: ratio(speeds[name], speeds["naive"]) for name in speeds if name not in ("capture", "naive")}
     captured = ratio(found["capture"]["seconds"], found["static"]["seconds"])
     both = [a + b for a, b in zip(found["static"]["seconds"], found["replay"]["seconds"], strict=True)]
     total = ratio(both, found["capture"]["seconds"])

@@ -81,6 +81,7 @@ def print_paper_table() -> None:
             plan = plan_paper(name, nodes)
             made, run = plan.generation, plan.extraction
             assert made is not None
+            assert run is not None
             fullest = max(stage.need.total for stage in run.stages) / GiB
             cells = (
                 name.rpartition("/")[2],
@@ -134,6 +135,7 @@ def predict(config: RunConfig) -> dict[str, Any]:
 
 def figures(plan: RunPlan) -> dict[str, float]:
     assert plan.generation is not None
+    assert plan.extraction is not None
     return {
         "generate_seconds": plan.generation.seconds,
         "extract_seconds": plan.extraction.seconds,
@@ -154,6 +156,7 @@ def core_seconds(plan: RunPlan) -> dict[str, float]:
     """CPU time of the workers, which other work on the machine changes less than it does the clock on the wall."""
     made, run = plan.generation, plan.extraction
     assert made is not None
+    assert run is not None
     loading = START_SECONDS + plan.shape.whole_bytes(plan.dtype) / DISK
     computing = (made.seconds - loading) * made.devices_each * made.generators
     workers = run.replicas * len(run.stages)

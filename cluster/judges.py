@@ -19,9 +19,10 @@ from personaspace.cluster.session import ray_cluster, share_cluster
 from personaspace.extract.chat import ChatFormat
 from personaspace.extract.checkpoint import Checkpoint, resolve
 from personaspace.extract.config import GenerateConfig, ModelConfig
+from personaspace.extract.endpoint import EndpointError
 from personaspace.extract.generate.transformers_engine import TransformersEngine, load_causal_lm
 from personaspace.extract.judging.config import JudgeConfig
-from personaspace.extract.judging.endpoint import EndpointError, FailedRequestError, RefusedRequestError, Reply
+from personaspace.extract.judging.endpoint import FailedRequestError, RefusedRequestError, Reply
 from personaspace.store.errors import InputError
 
 GATHER = 0.05

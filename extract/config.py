@@ -45,28 +45,37 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EndpointConfig:
+    """A server that speaks OpenAI's protocol (no identity, except the model)."""
+
+    base_url: str | None = None
+    """Its address with the version, such as http://HOST:8000/v1."""
+    model: str | None = None
+    """Name under which it serves the model. Default: the only model that it lists, or the one listed as `model.id`."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable with the key, on the nodes that ask. Servers of your own may need none."""
+    concurrency: Annotated[int, Ge(1)] = 64
+    """Requests on their way at once."""
+    timeout: Annotated[float, Gt(0)] = 600.0
+    """Seconds to wait for an answer."""
+    retries: Annotated[int, Ge(0)] = 8
+    """Times that a request is repeated after 408, 409, 429, 5xx, a timeout or a lost connection, with growing pauses
+    (up to 8 s) or as long as the server says (up to 2 min)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AuditorConfig:
     """Who is the user in conversations of several turns (identity, unless noted)."""
 
     played_by: Literal["script", "model", "endpoint"] = "script"
     """`script`: the user says what the scenario has for each turn. `model`: the model of the run plays the user, too.
-    `endpoint`: another model does, behind any OpenAI-compatible API (needs the extra `endpoint`)."""
-    model: str = ""
-    """Name of the endpoint's model."""
+    `endpoint`: another model does, behind any OpenAI-compatible API."""
     temperature: Annotated[float, Gt(0)] = 0.7
     """Of a played user."""
     max_tokens: Annotated[int, Ge(1)] = 256
     """Longest turn of a played user, in tokens."""
-    base_url: str | None = None
-    """URL of the API, such as http://localhost:8000/v1; default: OpenAI's. (No identity, like all that follows.)"""
-    key: str = "OPENAI_API_KEY"
-    """Name of the environment variable that holds the key. Keys themselves never enter a config."""
-    concurrency: Annotated[int, Ge(1)] = 8
-    """Requests of one generator at a time."""
-    timeout: Annotated[float, Gt(0)] = 60.0
-    """Seconds to wait for an answer."""
-    retries: Annotated[int, Ge(0)] = 5
-    """How often a request is repeated after 429, 5xx, a time-out or a lost connection, ever more slowly."""
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    """Who is asked. Of it only `model` is identity; it has to be named."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,25 +112,6 @@ class PersonasConfig:
     """Turns of the assistant in each conversation."""
     auditor: AuditorConfig = AuditorConfig()
     """The user in these conversations."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EndpointConfig:
-    """A server that speaks OpenAI's protocol (no identity, except the model)."""
-
-    base_url: str | None = None
-    """Its address with the version, such as http://HOST:8000/v1."""
-    model: str | None = None
-    """Name under which it serves the model. Default: the only model that it lists, or the one listed as `model.id`."""
-    key_variable: str = "OPENAI_API_KEY"
-    """Environment variable with the key, on the nodes that ask. Servers of your own may need none."""
-    concurrency: Annotated[int, Ge(1)] = 64
-    """Requests on their way at once."""
-    timeout: Annotated[float, Gt(0)] = 600.0
-    """Seconds to wait for an answer."""
-    retries: Annotated[int, Ge(0)] = 8
-    """Times that a request is repeated after 408, 409, 429, 5xx, a timeout or a lost connection, with growing pauses
-    (up to 8 s) or as long as the server says (up to 2 min)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""Servers that speak OpenAI's protocol: the connection, its failures in the user's words, and text completions.
+"""Servers that speak OpenAI's protocol: the connection, its failures in the user's words, and completions.
 
 The `openai` package repeats requests after 408, 409, 429, 5xx, time-outs and lost connections. What it leaves is sorted
 here: `InputError` for what the config can mend, `EndpointError` for a server that fails, `RefusedError` for one request
@@ -6,7 +6,6 @@ that the server won't take, `MalformedError` for an answer that can't be read. T
 appears in no message.
 """
 
-import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ _SHOWN = 300
 class EndpointError(PersonaspaceError):
     """A server fails, however often it is asked. What is committed is safe; the same command resumes."""
 
-    exit_code = 7
+    exit_code = 6
 
 
 class RefusedError(Exception):
@@ -57,11 +56,12 @@ class Completion:
 def check_endpoint(config: EndpointConfig, key: str) -> None:
     """Raise InputError where nothing could be asked. ``key`` names the section of the config."""
     if config.base_url is None:
-        raise InputError(f"{key}.base_url: is missing; give the server's address, such as http://HOST:8000/v1.")
+        raise InputError(
+            f"{key}.base_url: is missing; give the server's address, such as http://HOST:8000/v1 or "
+            "https://api.openai.com/v1."
+        )
     if not config.base_url.startswith(("http://", "https://")):
         raise InputError(f"{key}.base_url: {config.base_url} is no address such as http://HOST:8000/v1.")
-    if importlib.util.find_spec("openai") is None:
-        raise InputError(f"{key}: asking a server needs the openai package. Install personaspace[openai].")
 
 
 class Endpoint:
@@ -69,11 +69,11 @@ class Endpoint:
 
     def __init__(self, config: EndpointConfig, key: str) -> None:
         check_endpoint(config, key)
-        import openai  # An extra, and slow to import.
+        import openai  # Half a second, which only those pay who need it.
 
         self.config = config
         self._openai, self._key = openai, key
-        self._secret = os.environ.get(config.key_variable, "")
+        self._secret = os.environ.get(config.api_key_env, "")
         self.client = openai.OpenAI(
             base_url=config.base_url,
             api_key=self._secret or "none",
@@ -112,6 +112,14 @@ class Endpoint:
                 continue
         return self._complete(model, prompt, settings)
 
+    def chat(self, model: str, messages: Sequence[Mapping[str, str]], **settings: Any) -> Completion:
+        """One chat completion, asked for once. ``settings`` as in `complete`, and the same errors."""
+        with self.failures():
+            answer: Any = self.client.chat.completions.create(
+                model=model, messages=[dict(message) for message in messages], **settings
+            )
+            return _read(answer)
+
     @contextmanager
     def failures(self) -> Iterator[None]:
         """Around calls of `client`: turns the package's errors into this module's."""
@@ -120,7 +128,7 @@ class Endpoint:
             yield
         except (self._openai.AuthenticationError, self._openai.PermissionDeniedError) as error:
             raise InputError(
-                f"{self._key}.key_variable: {where} refuses the key in {self.config.key_variable}"
+                f"{self._key}.api_key_env: {where} refuses the key in {self.config.api_key_env}"
                 f"{'' if self._secret else ' (which is not set here)'}: {self._told(error)}"
             ) from None
         except self._openai.APIStatusError as error:
@@ -144,13 +152,10 @@ class Endpoint:
             answer: Any = self.client.completions.create(
                 model=model, prompt=prompt if isinstance(prompt, str) else list(prompt), **settings
             )
-            # The package takes whatever comes; what is missing shows only here.
-            document = answer.model_dump() if hasattr(answer, "model_dump") else {}
-            return _read(document)
+            return _read(answer)
 
     def _told(self, error: Any) -> str:
-        """What the server said."""
-        return self._clean(f"{error.status_code}: {error.message}")
+        return self._clean(f"{error.status_code}: {told_by_server(error)}")
 
     def _clean(self, text: str) -> str:
         text = " ".join(text.split())
@@ -165,13 +170,24 @@ class Endpoint:
 _RESUME = "What is committed is safe; the same command resumes."
 
 
-def _read(document: Mapping[str, Any]) -> Completion:
-    """Raises ValueError naming what is missing."""
+def told_by_server(error: Any) -> str:
+    """What a server said with a status other than 200 (openai.APIStatusError)."""
+    said = error.body.get("message") if isinstance(error.body, dict) else None
+    if not isinstance(said, str):
+        said = str(error.body if error.body is not None else error.response.text)
+    return " ".join(said.split())
+
+
+def _read(answer: Any) -> Completion:
+    """Raises ValueError naming what is missing: the package takes whatever comes."""
+    document: dict[str, Any] = answer.model_dump() if hasattr(answer, "model_dump") else {}
     choices = document.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         raise ValueError("it holds no choices")
     choice, usage = choices[0], document.get("usage") or {}
     text, reason, token_ids = choice.get("text"), choice.get("finish_reason"), choice.get("token_ids")
+    if "message" in choice:
+        text = (choice["message"] or {}).get("content") or ""
     if not isinstance(text, str):
         raise ValueError("its choice holds no text")
     if not isinstance(reason, str):

@@ -76,7 +76,7 @@ def held_rollout(
     if auditor.played_by != "script":
         user |= {"persona": planned.script.user}
     if auditor.played_by == "endpoint":
-        user |= {"model": auditor.model}
+        user |= {"model": str(auditor.endpoint.model)}
     return _rollout(
         replace(planned, messages=talk.messages),
         role,

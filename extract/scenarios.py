@@ -106,8 +106,8 @@ def plan_scenarios(
     A domain's rows lie together, in the order of its scenarios; its prompts are their system prompts. Raises
     InputError where a script is too short, or lacks the user that is to be played.
     """
-    if auditor.played_by == "endpoint" and not auditor.model:
-        raise InputError("personas.auditor.model: is empty; name the model of the endpoint that plays the user.")
+    if auditor.played_by == "endpoint" and not auditor.endpoint.model:
+        raise InputError("personas.auditor.endpoint.model: is missing; name the model that plays the user.")
     domains = list(dict.fromkeys(scenario.domain for scenario in scenarios))
     ordered = sorted(scenarios, key=lambda scenario: domains.index(scenario.domain))
     systems = {name: list(dict.fromkeys(s.system for s in ordered if s.domain == name)) for name in domains}
@@ -169,8 +169,10 @@ def _deciding(auditor: AuditorConfig) -> dict[str, Any]:
     """The settings that decide what a played user says."""
     if auditor.played_by == "script":
         return {"played_by": "script"}
-    names = ("played_by", "temperature", "max_tokens", *(("model",) if auditor.played_by == "endpoint" else ()))
-    return {**{name: getattr(auditor, name) for name in names}, "instructions": INSTRUCTIONS, "begin": BEGIN}
+    deciding: dict[str, Any] = {name: getattr(auditor, name) for name in ("played_by", "temperature", "max_tokens")}
+    if auditor.played_by == "endpoint":
+        deciding["model"] = auditor.endpoint.model
+    return {**deciding, "instructions": INSTRUCTIONS, "begin": BEGIN}
 
 
 def _parse(entry: dict[str, Any], where: str, document: Mapping[str, Any]) -> list[Scenario]:

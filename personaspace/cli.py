@@ -43,7 +43,7 @@ examples:
 
 Every setting is a flag: `personaspace run --help` lists them. Flags beat the file, the file beats the defaults.
 A command that was interrupted is repeated to resume. Exit codes: 0 done, 1 failed, 2 bad input, 3 run in use,
-4 damaged data, 5 a worker failed, 6 storage or a judge's endpoint failed, 7 too many rollouts dropped, 8 the judge's
+4 damaged data, 5 a worker failed, 6 storage or a model's endpoint failed, 7 too many rollouts dropped, 8 the judge's
 budget has ended, 130 interrupted."""
 
 

@@ -77,6 +77,7 @@ def draft_config(flags: argparse.Namespace, run: str, file: Path) -> tuple[str, 
     )
     plan = sketch_plan(draft, shape, flags)
     extraction = plan.extraction
+    assert extraction is not None  # The draft does not capture.
     text = CONFIG.substitute(
         name=checkpoint.name,
         parameters=f"{shape.parameters / 1e9:.3g}",

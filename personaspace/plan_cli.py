@@ -85,7 +85,7 @@ def show_plan(plan: RunPlan, price: float | None, console: Console | None = None
 
 
 def _rows(plan: RunPlan, price: float | None) -> Iterator[tuple[str, str]]:
-    shape, work, extraction = plan.shape, plan.work, plan.extraction
+    shape, work = plan.shape, plan.work
     yield (
         "model",
         (
@@ -103,7 +103,10 @@ def _rows(plan: RunPlan, price: float | None) -> Iterator[tuple[str, str]]:
     )
     if plan.generation is not None:
         yield from _generation_rows(plan.generation, work.batch_rows)
-    yield from _extraction_rows(extraction)
+    if plan.extraction is None:
+        yield "extract", "nothing: activations are captured while generating"
+    else:
+        yield from _extraction_rows(plan.extraction)
     yield (
         "store",
         (
@@ -111,7 +114,8 @@ def _rows(plan: RunPlan, price: float | None) -> Iterator[tuple[str, str]]:
             f"shards, {work.objects:,} objects"
         ),
     )
-    yield "FLOP", f"{plan.flop:.2e}, of them {extraction.flop:.2e} for extraction"
+    extracting = "" if plan.extraction is None else f", of them {plan.extraction.flop:.2e} for extraction"
+    yield "FLOP", f"{plan.flop:.2e}{extracting}"
     yield "in all", _total(plan, price)
 
 

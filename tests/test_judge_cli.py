@@ -95,7 +95,7 @@ def test_the_judge_of_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ([], "judge: give the folder of a run"),
         (["RUN"], "judge.model: is not set."),
         (["RUN", "--model", "m", "--budget", "3"], "judge.budget: 3 USD can't be kept without prices."),
-        (["RUN", "--model", "m", "--roles", "gost"], "judge.roles: the run has no role 'gost'. It has default, poet"),
+        (["RUN", "--model", "m", "--roles", "gost"], "judge.roles: the run has no role 'gost'. It has poet"),
         (
             ["RUN", "--model", "m", "--concurrency", "0"],
             "judge.concurrency: Input should be greater than",

@@ -14,14 +14,16 @@ LARGEST_BUBBLE = 0.05
 """Share of the stages' time that may be waiting before it is worth a word."""
 
 
-def advise(setting: Setting, generation: GenerationPlan | None, extraction: ExtractionPlan) -> Iterator[str]:
+def advise(setting: Setting, generation: GenerationPlan | None, extraction: ExtractionPlan | None) -> Iterator[str]:
     """Sentences for people, each with the value and what to do."""
-    yield from _extraction_fits(setting, extraction)
+    if extraction is not None:
+        yield from _extraction_fits(setting, extraction)
     if generation is not None:
         yield from _generation_fits(setting, generation)
-    yield from _host_memory(setting, extraction)
-    if extraction.sharding != "offload":
-        yield from _use(setting, extraction)
+    if extraction is not None:
+        yield from _host_memory(setting, extraction)
+        if extraction.sharding != "offload":
+            yield from _use(setting, extraction)
     yield from _lengths(setting)
 
 

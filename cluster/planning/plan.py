@@ -26,7 +26,8 @@ class RunPlan:
     work: Workload
     generation: GenerationPlan | None
     """None where responses are imported."""
-    extraction: ExtractionPlan
+    extraction: ExtractionPlan | None
+    """None where activations are captured while generating, which takes no second pass."""
     warnings: tuple[str, ...]
     """What does not fit or wastes, each with the nearest way out."""
 
@@ -34,12 +35,12 @@ class RunPlan:
     def flop(self) -> float:
         """Of generating and extracting."""
         generated = self.generation.prefill_flop + self.generation.decode_flop if self.generation else 0.0
-        return generated + self.extraction.flop
+        return generated + (self.extraction.flop if self.extraction else 0.0)
 
     @property
     def hours(self) -> float:
         """Of generating, then extracting; fit and report are minutes and not counted."""
-        return ((self.generation.seconds if self.generation else 0.0) + self.extraction.seconds) / 3600
+        return sum(step.seconds for step in (self.generation, self.extraction) if step) / 3600
 
     @property
     def device_hours(self) -> float:
@@ -87,7 +88,8 @@ def plan_run(
         asked=replace(asked, stages=stages),
         fused_attention=fused,
     )
-    generation, extraction = plan_generation(setting), plan_extraction(setting)
+    generation = plan_generation(setting)
+    extraction = None if generate.capture else plan_extraction(setting)
     return RunPlan(
         shape=shape,
         dtype=model.dtype,

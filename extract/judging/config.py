@@ -28,7 +28,7 @@ class JudgeConfig:
     instructions: str = "builtin"
     """`builtin`, or a YAML file like configs/personas/judge.yaml."""
     roles: tuple[str, ...] = ()
-    """Ids of the roles to judge; empty: all of them. `default` never is."""
+    """Ids of the roles to judge; empty: all of them. `default` and conversations never are."""
     sample: Annotated[int, Ge(1)] | None = None
     """Judge only so many rollouts, spread evenly over the roles. Default: all."""
     temperature: Annotated[float, Ge(0), Le(2)] | None = 0.0

@@ -13,8 +13,9 @@ from urllib.parse import urlsplit
 
 import openai
 
+from personaspace.extract.endpoint import EndpointError, told_by_server
 from personaspace.extract.judging.config import JudgeConfig
-from personaspace.store.errors import InputError, PersonaspaceError
+from personaspace.store.errors import InputError
 
 OPENAI_URL = "https://api.openai.com/v1"
 LONGEST_WAIT = 600.0
@@ -22,12 +23,6 @@ LONGEST_WAIT = 600.0
 _LOCAL = {"localhost", "127.0.0.1", "::1"}
 _VERSION = re.compile(r"[-@:.](\d[\w.-]*|latest|main|[0-9a-f]{7,40})")
 """What may follow a model's name: `-2025-04-14`, `@main`."""
-
-
-class EndpointError(PersonaspaceError):
-    """The judge's endpoint can't be used. What was judged is kept; the same command goes on."""
-
-    exit_code = 6
 
 
 class FailedRequestError(Exception):
@@ -129,7 +124,7 @@ class Endpoint:
     def _explain(self, error: openai.APIStatusError) -> Exception:
         """What an answer other than 200 means for the request, or for all of them."""
         status, config = error.status_code, self._config
-        said = self._clean(_message(error))
+        said = self._clean(told_by_server(error)[:500])
         if status == 401:
             return EndpointError(f"{self.url}: refuses the key in the variable {config.api_key_env} (401): {said}")
         if status == 404:
@@ -214,13 +209,6 @@ def api_key(config: JudgeConfig, url: str) -> str:
             f"judge.api_key_env: the environment variable {config.api_key_env} is not set. Put the key of {url} there."
         )
     return key
-
-
-def _message(error: openai.APIStatusError) -> str:
-    body = error.body
-    said = body.get("message") if isinstance(body, dict) else None
-    text = said if isinstance(said, str) else str(body if body is not None else error.response.text)
-    return " ".join(text.split())[:500]
 
 
 def _count(usage: object, name: str) -> int | None:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
+from personaspace.extract.endpoint import EndpointError
 from personaspace.extract.judging.answers import MalformedAnswerError, read_answer
 from personaspace.extract.judging.config import JudgeConfig
 from personaspace.extract.judging.cost import Prices, Purse, most_tokens
 from personaspace.extract.judging.endpoint import (
-    EndpointError,
     FailedRequestError,
     Judge,
     RefusedRequestError,

@@ -11,7 +11,7 @@ from personaspace.extract.catalogue_files import BUILTIN, load_roles, load_trait
 from personaspace.extract.judging.config import JudgeConfig
 from personaspace.extract.judging.instructions import Instructions, Prompt
 from personaspace.store.errors import InputError
-from personaspace.store.formats.role_names import DEFAULT_ROLE
+from personaspace.store.formats.role_names import DEFAULT_ROLE, SCENARIO
 from personaspace.store.manifest import Manifest
 from personaspace.store.objects import Folder
 from personaspace.store.plan import PlannedRow, read_plan
@@ -62,22 +62,21 @@ def stored_roles(manifest: Manifest) -> list[Role]:
 
 
 def assign(folder: Folder, manifest: Manifest, config: JudgeConfig) -> Assignment:
-    """The rollouts that a config wants judged and that are there and usable; `default` never is.
+    """The rollouts that a config wants judged and that are there and usable; `default` and conversations never are.
 
     Raises InputError for roles that the run does not have.
     """
-    names = [role["id"] for role in manifest.tables["roles"]]
-    unknown = [role for role in config.roles if role not in names]
+    table = manifest.tables["roles"]
+    names = [role["id"] for role in table]
+    played = [role["id"] for role in table if role["id"] != DEFAULT_ROLE and role.get("kind") != SCENARIO]
+    unknown = [role for role in config.roles if role not in played]
     if unknown:
-        raise InputError(f"judge.roles: the run has no role {unknown[0]!r}. It has {', '.join(map(str, names[:20]))}.")
+        raise InputError(f"judge.roles: the run has no role {unknown[0]!r}. It has {', '.join(map(str, played[:20]))}.")
+    wanted_roles = set(config.roles or played)
     records = read_records(folder, ROLLOUTS)
     dropped = {row for record in records.values() for row in record.dropped}
     there = {unit for _, unit, _ in records}
-    wanted = [
-        row
-        for row in read_plan(folder, manifest)
-        if names[row.role_id] != DEFAULT_ROLE and (not config.roles or names[row.role_id] in config.roles)
-    ]
+    wanted = [row for row in read_plan(folder, manifest) if names[row.role_id] in wanted_roles]
     if config.sample is not None:
         wanted = spread(wanted, config.sample)
     unit_rows = manifest.layout.unit_rows

@@ -21,7 +21,14 @@ from personaspace.cluster.generation import generate
 from personaspace.cluster.job import Job, prepare
 from personaspace.cluster.session import hold_run
 from personaspace.cluster.sharding import check_sharding
-from personaspace.extract.config import AuditorConfig, ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig
+from personaspace.extract.config import (
+    AuditorConfig,
+    EndpointConfig,
+    ExtractConfig,
+    GenerateConfig,
+    ModelConfig,
+    PersonasConfig,
+)
 from personaspace.store import open_run
 from personaspace.store.config import StoreConfig
 from personaspace.store.errors import InputError
@@ -251,7 +258,9 @@ def test_the_model_plays_its_own_user_in_a_run(folder: Path, own_ray: None) -> N
 
 
 def test_an_endpoint_and_a_gang_do_not_go_together(folder: Path) -> None:
-    job = job_of(folder, "gang", roles=(), auditor=AuditorConfig(played_by="endpoint", model="eve"))
+    job = job_of(
+        folder, "gang", roles=(), auditor=AuditorConfig(played_by="endpoint", endpoint=EndpointConfig(model="eve"))
+    )
     with pytest.raises(InputError, match=r"`endpoint` is not possible with cluster\.generation tensor"):
         check_sharding(job, ClusterConfig(generation="tensor"))
     check_sharding(job, ClusterConfig(generation="whole"))

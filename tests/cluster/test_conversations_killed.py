@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
-from personaspace.extract.generate.auditor import AuditorError
+from personaspace.extract.endpoint import EndpointError
 from personaspace.store.local import LocalFolder
 from personaspace.store.records import ROLLOUTS, committed_slots
 from personaspace.store.rollouts import Rollout, read_rollouts, to_rollouts
-from tests.completions_server import Answer, completions_server, reply
+from tests.auditor_server import Answer, completions_server, reply
 from tests.models import tiny_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -52,11 +52,13 @@ class Place:
                 "samples": SAMPLES,
                 "auditor": {
                     "played_by": "endpoint",
-                    "model": "eve",
-                    "base_url": url,
-                    "key": "AUDITOR_KEY",
-                    "retries": 1,
-                    "concurrency": 2,
+                    "endpoint": {
+                        "model": "eve",
+                        "base_url": url,
+                        "api_key_env": "AUDITOR_KEY",
+                        "retries": 1,
+                        "concurrency": 2,
+                    },
                 },
             },
             "generate": {"max_new_tokens": 6, "batch_rows": 4},
@@ -159,8 +161,8 @@ def test_a_failing_auditor_stops_the_run_and_costs_only_the_batch(place: Place) 
     with completions_server(failing(answer, after=17)) as server:
         process = place.start(run, server.url)
         output, _ = process.communicate()
-    assert process.returncode == AuditorError.exit_code, output
-    assert f"eve at {server.url}/ failed 2 times, at last with: Error code: 500" in " ".join(output.split())
+    assert process.returncode == EndpointError.exit_code, output
+    assert f"{server.url} fails after 2 tries: 500: no, " in " ".join(output.split())
     assert KEY not in output
     assert "Traceback" not in output
     stored = [unit for array, unit, _ in committed_slots(LocalFolder(place.folder / "runs" / run)) if array == ROLLOUTS]

@@ -11,7 +11,7 @@ import yaml
 
 from personaspace.extract.catalogue_check import find_faults
 from personaspace.extract.catalogue_files import DOMAINS
-from personaspace.extract.config import AuditorConfig, PersonasConfig
+from personaspace.extract.config import AuditorConfig, EndpointConfig, PersonasConfig
 from personaspace.extract.personas import PersonaPlan, plan_personas
 from personaspace.extract.scenarios import holds_scenarios, load_scenarios, player_messages
 from personaspace.store.errors import InputError
@@ -53,19 +53,21 @@ def test_ids_hang_on_all_that_decides_a_conversation_and_on_nothing_else(tmp_pat
     ids = [row.rollout_id for row in plan(source).rows]
     assert [row.rollout_id for row in plan(write(tmp_path / "other.yaml", other, ONE)).rows] == ids[::-1]
     by_model = AuditorConfig(played_by="model")
-    by_endpoint = AuditorConfig(played_by="endpoint", model="eve")
+    by_endpoint = AuditorConfig(played_by="endpoint", endpoint=EndpointConfig(model="eve"))
     variants: list[dict[str, Any]] = [
         {"turns": 1},
         {"auditor": by_model},
         {"auditor": replace(by_model, temperature=0.1)},
         {"auditor": by_endpoint},
-        {"auditor": replace(by_endpoint, model="adam")},
+        {"auditor": replace(by_endpoint, endpoint=EndpointConfig(model="adam"))},
         {"auditor": replace(by_endpoint, max_tokens=9)},
     ]
     firsts = [ids[0], *(plan(source, **variant).rows[0].rollout_id for variant in variants)]
     assert len(set(firsts)) == len(firsts)
-    elsewhere = replace(by_endpoint, base_url="http://there/v1", key="OTHER", concurrency=1, timeout=1.0, retries=0)
-    assert plan(source, auditor=elsewhere).rows[0].rollout_id == firsts[4]
+    there = EndpointConfig(
+        model="eve", base_url="http://there/v1", api_key_env="OTHER", concurrency=1, timeout=1.0, retries=0
+    )
+    assert plan(source, auditor=replace(by_endpoint, endpoint=there)).rows[0].rollout_id == firsts[4]
     sampled = plan(source, samples=2)
     assert [row.rollout_id for row in sampled.rows][::2] == ids
     assert len({row.rollout_id for row in sampled.rows}) == 4
@@ -133,7 +135,7 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
         plan(source, turns=3)
     with pytest.raises(InputError, match=r"scenario 'sea\.one' does not say who its user is, and personas\.auditor"):
         plan(source, auditor=AuditorConfig(played_by="model"))
-    with pytest.raises(InputError, match=r"personas\.auditor\.model: is empty; name the model of the endpoint"):
+    with pytest.raises(InputError, match=r"personas\.auditor\.endpoint\.model: is missing; name the model that plays"):
         plan(source, auditor=AuditorConfig(played_by="endpoint"))
     roles = tmp_path / "roles.yaml"
     entries = [{"id": name, "kind": "scenario", "prompts": ["Be."]} for name in ("default", "ghost")]

@@ -109,6 +109,16 @@ def test_a_server_generates_elsewhere() -> None:
     assert asked.extraction == own.extraction
 
 
+def test_what_is_captured_is_not_extracted_again() -> None:
+    own, captured = (plan(LLAMA, cluster(1, 8), generate=GenerateConfig(capture=capture)) for capture in (False, True))
+    assert captured.extraction is None
+    assert captured.generation == own.generation
+    assert own.extraction is not None
+    assert own.hours - captured.hours == pytest.approx(own.extraction.seconds / 3600)
+    assert own.flop - captured.flop == pytest.approx(own.extraction.flop)
+    assert captured.work == own.work
+
+
 @pytest.mark.parametrize(("shape", "stages"), [(GEMMA, 1), (QWEN, 1), (LLAMA, 2)])
 def test_fewest_stages_on_80_gb(shape: ModelShape, stages: int) -> None:
     group = choose_layer_group(shape.layers)

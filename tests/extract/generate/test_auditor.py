@@ -1,19 +1,19 @@
 """Users played through a real HTTP server: what they are asked, what they say, and what happens when it misbehaves."""
 
-import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
-from personaspace.extract.config import AuditorConfig
-from personaspace.extract.generate.auditor import ASKED, Auditor, AuditorError
+from personaspace.extract.config import AuditorConfig, EndpointConfig
+from personaspace.extract.endpoint import EndpointError
+from personaspace.extract.generate.auditor import ASKED, Auditor
 from personaspace.extract.generate.conversations import Asked, Said
 from personaspace.extract.personas import PlannedRollout
 from personaspace.extract.scenarios import BEGIN, INSTRUCTIONS, Script
 from personaspace.store.errors import InputError
-from tests.completions_server import Answer, Completions, completions_server, reply
+from tests.auditor_server import Answer, Completions, completions_server, reply
 
 KEY = "sk-sesame"
 Respond = Callable[[dict[str, Any]], Answer]
@@ -41,8 +41,10 @@ def asked(number: int = 0, answer: str = "A ghost.") -> Asked:
 
 
 def auditor(server: Completions, **options: Any) -> Auditor:
+    sampling = {name: options.pop(name) for name in ("temperature", "max_tokens") if name in options}
     settings = {"retries": 1, "timeout": 5.0, **options}
-    return Auditor(AuditorConfig(played_by="endpoint", model="eve", base_url=server.url, key="AUDITOR_KEY", **settings))
+    endpoint = EndpointConfig(model="eve", base_url=server.url, api_key_env="AUDITOR_KEY", **settings)
+    return Auditor(AuditorConfig(played_by="endpoint", endpoint=endpoint, **sampling))
 
 
 def speak(respond: Respond, questions: Sequence[Asked], **options: Any) -> tuple[list[Said], Completions]:
@@ -124,13 +126,13 @@ def test_one_refused_conversation_is_given_up_alone() -> None:
 
     said, _ = speak(respond, [asked(number) for number in range(3)])
     assert [bool(one.text) for one in said] == [True, False, True]
-    assert said[1].refused.startswith("the auditor refused: Error code: 400")
+    assert said[1].refused.startswith("the auditor refused: 400: not this, (key)")
     assert KEY not in said[1].refused
 
 
 def test_requests_that_are_all_refused_stop_the_run() -> None:
     with pytest.raises(
-        InputError, match=r"eve at http://127\.0\.0\.1:\d+/v1/ refuses every request\. The first: .*bad"
+        InputError, match=r"eve at http://127\.0\.0\.1:\d+/v1 refuses every request\. The first: .*: 400: bad"
     ):
         speak(lambda _: Answer(status=400, text="bad parameter"), [asked(number) for number in range(3)])
 
@@ -138,18 +140,18 @@ def test_requests_that_are_all_refused_stop_the_run() -> None:
 @pytest.mark.parametrize(("status", "text"), [(401, f"wrong key {KEY}"), (404, "no model eve")])
 def test_what_no_retry_can_mend_stops_the_run_at_once(status: int, text: str) -> None:
     with completions_server(lambda _: Answer(status=status, text=text)) as server:
-        with pytest.raises(InputError, match=rf"personas\.auditor: eve at .* says Error code: {status}") as caught:
+        with pytest.raises(InputError, match=rf"personas\.auditor\.endpoint.*: {status}: ") as caught:
             auditor(server).speak([asked()])
         assert len(server.asked) == 1
     assert KEY not in str(caught.value)
 
 
 def test_an_endpoint_that_goes_on_failing_stops_the_run() -> None:
-    with pytest.raises(AuditorError, match=r"failed 2 times, at last with: .*down.* the same command resumes\.$"):
+    with pytest.raises(EndpointError, match=r"fails after 2 tries: 500: down .* the same command resumes\.$"):
         speak(lambda _: Answer(status=500, text="down", headers={"Retry-After": "0.1"}), [asked()])
     with completions_server(reply) as server:
         pass
-    with pytest.raises(AuditorError, match=r"failed 1 times, at last with: Connection error"):
+    with pytest.raises(EndpointError, match=r"can't be reached, after 1 tries: "):
         auditor(server, retries=0).speak([asked()])
 
 
@@ -161,13 +163,21 @@ def test_a_server_that_hangs_counts_as_failing() -> None:
         return reply(body)
 
     with completions_server(respond) as server:
-        with pytest.raises(AuditorError, match=r"failed 1 times, at last with: Request timed out"):
+        with pytest.raises(EndpointError, match=r"gives no answer within 0\.3 s, after 1 tries"):
             auditor(server, retries=0, timeout=0.3).speak([asked()])
         over.set()
 
 
 def test_a_missing_key_is_said_by_the_name_of_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AUDITOR_KEY")
-    message = "personas.auditor.key: the environment variable AUDITOR_KEY is not set where the generators run."
-    with pytest.raises(InputError, match=re.escape(message)):
-        Auditor(AuditorConfig(played_by="endpoint", model="eve", key="AUDITOR_KEY"))
+    message = r"personas\.auditor\.endpoint\.api_key_env: .* refuses the key in AUDITOR_KEY \(which is not set here\)"
+    with (
+        completions_server(lambda _: Answer(status=401, text="who?")) as server,
+        pytest.raises(InputError, match=message),
+    ):
+        auditor(server).speak([asked()])
+
+
+def test_an_address_is_needed() -> None:
+    with pytest.raises(InputError, match=r"^personas\.auditor\.endpoint\.base_url: is missing; "):
+        Auditor(AuditorConfig(played_by="endpoint", endpoint=EndpointConfig(model="eve")))

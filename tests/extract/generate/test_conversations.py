@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ class Place:
         firsts = self.engine.generate(prompts, [rollout_seed(CONFIG.seed, row.rollout_id) for row in rows], CONFIG)
         opened = {place: (row, first, None) for place, (row, first) in enumerate(zip(rows, firsts, strict=True))}
         talks = hold_conversations(
-            self.engine, self.chat, user or Script(), opened, CONFIG, max_positions=max_positions
+            self.engine.generate_captured, self.chat, user or Script(), opened, CONFIG, max_positions=max_positions
         )
         return [talks[place] for place in range(len(rows))]
 
@@ -217,3 +218,29 @@ def test_a_player_whose_context_is_full_ends_its_conversation_alone(place: Place
         reason is None or re.search(r"^turn 2 of 2: to play the user takes a prompt of \d+ tokens", reason)
         for reason in reasons
     )
+
+
+@pytest.mark.parametrize("spoilt", [0, 2])
+def test_a_response_that_cannot_be_used_ends_its_conversation_alone(place: Place, spoilt: int) -> None:
+    """As a server gives them: the engine works, and one answer can't be read."""
+    rows = place.rows()[:2]
+    whole = place.hold(rows)
+    turn = 0
+
+    def sample(
+        prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: GenerateConfig
+    ) -> list[tuple[Response, None]]:
+        nonlocal turn
+        responses = place.engine.generate(prompts, seeds, config)
+        if turn == spoilt:
+            responses[0] = replace(responses[0], unusable="no answer")
+        turn += 1
+        return [(response, None) for response in responses]
+
+    firsts = sample(
+        [place.chat.encode_prompt(row.messages) for row in rows], [talk.turns[0].seed for talk in whole], CONFIG
+    )
+    opened = {number: (row, *first) for number, (row, first) in enumerate(zip(rows, firsts, strict=True))}
+    talks = hold_conversations(sample, place.chat, Script(), opened, CONFIG, max_positions=None)
+    assert talks[1] == whole[1]
+    assert (talks[0].dropped, len(talks[0].turns)) == ("no answer", spoilt + 1)

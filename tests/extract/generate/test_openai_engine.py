@@ -251,17 +251,17 @@ def test_the_key_is_sent_and_shown_nowhere(
     caplog.set_level(logging.DEBUG)
     with reciting.serve(key="sk-secret") as server:
         with pytest.raises(InputError) as error:
-            reciting.ask(server, key_variable="MY_KEY")
+            reciting.ask(server, api_key_env="MY_KEY")
         assert "refuses the key in MY_KEY (which is not set here): 401" in str(error.value)
         monkeypatch.setenv("MY_KEY", "sk-wrong")
         with pytest.raises(InputError) as error:
-            reciting.ask(server, key_variable="MY_KEY")
+            reciting.ask(server, api_key_env="MY_KEY")
         assert str(error.value).startswith(
-            f"generate.endpoint.key_variable: {server.url} refuses the key in MY_KEY: 401: "
+            f"generate.endpoint.api_key_env: {server.url} refuses the key in MY_KEY: 401: "
         )
         assert "Incorrect API key provided: Bearer (key)" in str(error.value)
         monkeypatch.setenv("MY_KEY", "sk-secret")
-        assert reciting.responses(server, key_variable="MY_KEY") == reciting.truth()
+        assert reciting.responses(server, api_key_env="MY_KEY") == reciting.truth()
     assert "sk-" not in str(error.value)
     assert "sk-" not in caplog.text
 
@@ -270,7 +270,7 @@ def test_an_address_is_needed() -> None:
     with pytest.raises(InputError) as error:
         Endpoint(EndpointConfig(), KEY)
     assert str(error.value) == (
-        "generate.endpoint.base_url: is missing; give the server's address, such as http://HOST:8000/v1."
+        "generate.endpoint.base_url: is missing; give the server's address, such as http://HOST:8000/v1 or https://api.openai.com/v1."
     )
     with pytest.raises(InputError, match=r"^generate\.endpoint\.base_url: host:8000 is no address such as "):
         Endpoint(EndpointConfig(base_url="host:8000"), KEY)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from personaspace.extract.judging.endpoint import EndpointError
+from personaspace.extract.endpoint import EndpointError
 from personaspace.judging import BudgetError, JudgeOptions, judge_run
 from personaspace.store import open_run
 from personaspace.store.errors import InputError
