@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import eigh
 from scipy.sparse import csr_array
 from scipy.stats import beta, rankdata
 
@@ -118,9 +119,9 @@ def _cosine_null(
         dealing = csr_array((np.full(columns.size, 1 / questions), columns, np.arange(count + 1) * questions))
         role_RD = dealing @ cells_CD
         centred_RD = role_RD - role_RD.mean(axis=0)
-        # PC1 by the small Gram matrix of the roles.
-        _, vectors = np.linalg.eigh(centred_RD @ centred_RD.T)
-        cosines[draw] = abs(_cosine(axis_D, vectors[:, -1] @ centred_RD))
+        # PC1 by the small Gram matrix of the roles, of which only the last eigenvector is wanted.
+        _, vector_R1 = eigh(centred_RD @ centred_RD.T, subset_by_index=[count - 1, count - 1])
+        cosines[draw] = abs(_cosine(axis_D, vector_R1[:, 0] @ centred_RD))
     return cosines
 
 

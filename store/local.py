@@ -147,11 +147,15 @@ class LocalFolder:
 
     def clear_scratch(self) -> int:
         scratch = self.path / SCRATCH
-        leftovers = list(scratch.glob("*"))
-        for leftover in leftovers:
-            leftover.unlink(missing_ok=True)
-        with suppress(OSError):
-            scratch.rmdir()
+        if not scratch.is_dir():
+            return 0
+        # A lease is kept alive meanwhile, and what it writes passes through here.
+        with self._locked(SCRATCH):
+            leftovers = list(scratch.glob("*"))
+            for leftover in leftovers:
+                leftover.unlink(missing_ok=True)
+            with suppress(OSError):
+                scratch.rmdir()
         return len(leftovers)
 
     def zarr_store(self, prefix: str, *, read_only: bool = True) -> LocalStore:

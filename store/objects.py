@@ -80,7 +80,10 @@ class Folder(Protocol):
         """Make durable what a library wrote below ``prefix``."""
 
     def clear_scratch(self) -> int:
-        """Delete unfinished objects of dead writers; returns how many. A live writer that loses one fails."""
+        """Delete unfinished objects of dead writers; returns how many.
+
+        A live writer that loses one fails, but for a `compare_and_swap`, which is waited for.
+        """
 
     def zarr_store(self, prefix: str, *, read_only: bool = True) -> Store:
         """The folder ``prefix`` as a Zarr store."""

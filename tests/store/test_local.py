@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -225,6 +226,21 @@ def test_children_and_child(folder: LocalFolder) -> None:
 def test_folder_survives_pickling(folder: LocalFolder) -> None:
     folder.put_new("a", b"data")
     assert pickle.loads(pickle.dumps(folder)).get("a") == b"data"
+
+
+def test_clearing_leaves_alone_what_keeps_a_lease_alive(folder: LocalFolder) -> None:
+    """At the end of a session the lease is still held, and a thread goes on renewing it."""
+
+    def renew() -> bool:
+        states = [str(number).encode() for number in range(200)]
+        return all(folder.compare_and_swap("lease.json", before, after) for before, after in pairwise([None, *states]))
+
+    with ThreadPoolExecutor(1) as thread:
+        renewing = thread.submit(renew)
+        while not renewing.done():
+            folder.clear_scratch()
+        assert renewing.result()
+    assert folder.get("lease.json") == b"199"
 
 
 def test_kill_9_leaves_only_whole_objects(folder: LocalFolder) -> None:
