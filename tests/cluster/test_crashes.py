@@ -27,11 +27,21 @@ def assert_whole(trial: Trial) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 0.8])
 def test_killed_driver_resumes_to_identical_arrays(laboratory: Laboratory, share: float) -> None:
-    assert_whole(laboratory.kill_driver(f"uniform-{share}", share * laboratory.extract_seconds))
+    assert_whole(laboratory.kill_driver(f"uniform-{share}", share * laboratory.seconds))
 
 
 def test_crash_between_publish_and_record_is_adopted(laboratory: Laboratory) -> None:
-    trial = laboratory.kill_before_record("aimed", shard=100)
+    trial = laboratory.kill_before_record("aimed", place=100)
+    assert_whole(trial)
+    assert trial.orphans >= 1
+    assert trial.adopted >= 1
+
+
+def test_killed_generation_resumes_to_the_same_rollouts(tmp_path: Path) -> None:
+    laboratory = Laboratory(tmp_path, "generate")
+    for share in (0.2, 0.6):
+        assert_whole(laboratory.kill_driver(f"uniform-{share}", share * laboratory.seconds))
+    trial = laboratory.kill_before_record("aimed", place=20)
     assert_whole(trial)
     assert trial.orphans >= 1
     assert trial.adopted >= 1
