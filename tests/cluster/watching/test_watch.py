@@ -4,17 +4,15 @@ import json
 import re
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 
 from personaspace.cli import main
 from personaspace.cluster import extraction
 from personaspace.cluster.config import ClusterConfig
-from personaspace.cluster.events import Event, Quarantined, ReplicaLost
+from personaspace.cluster.events import Event, Progressed, Quarantined, ReplicaLost
 from personaspace.cluster.extraction import extract
 from personaspace.cluster.generation import generate
 from personaspace.cluster.session import hold_run
@@ -27,11 +25,10 @@ from personaspace.store.status import read_sessions
 from personaspace.store.verify import verify
 from tests.cluster.small_jobs import job_for, make_place, talk
 from tests.cluster.test_supervisor import saboteur
+from tests.cluster.watching.scraping import PATIENCE, scrape
 
 DASHBOARD = Path(__file__).parents[3] / "configs" / "cluster" / "grafana.json"
 TALKS = {role: [talk("?", f"{role} {number}.") for number in range(8)] for role in ("default", "ghost")}
-PATIENCE = 60.0
-"""Seconds that an exported metric may take to appear."""
 
 pytestmark = pytest.mark.usefixtures("own_ray")
 
@@ -39,15 +36,6 @@ pytestmark = pytest.mark.usefixtures("own_ray")
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_place(tmp_path_factory.mktemp("place"), TALKS)
-
-
-def scrape() -> Iterator[str]:
-    """The lines of our metrics at the Prometheus endpoint of each node."""
-    for node in ray.nodes():
-        if node["Alive"]:
-            url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-            with urllib.request.urlopen(url, timeout=10) as answer:
-                yield from (line for line in answer.read().decode().splitlines() if "personaspace_" in line)
 
 
 def without_series(name: str) -> str:
@@ -67,7 +55,10 @@ def test_a_watched_job_is_seen_from_everywhere(
         # Real ones take a dozen replicas (test_supervisor.py); this is about what becomes of the event.
         watch.report(Quarantined(step="extract", rollouts={"abc": "quarantined"}))
 
-    # Ray's own endpoint.
+    [loss] = [event for event in events if isinstance(event, ReplicaLost)]
+    assert sum(event.rows for event in events if isinstance(event, Progressed)) == 16 + 16 + loss.rollouts
+
+    # Ray's own endpoint; what it counts is in test_metrics.py.
     deadline = time.monotonic() + PATIENCE
     while (found := series(scrape())) != set(EXPORTED) and time.monotonic() < deadline:
         time.sleep(1)
@@ -79,10 +70,6 @@ def test_a_watched_job_is_seen_from_everywhere(
     assert all(
         f'{tag}="{value}"' in lost for tag, value in {"run": "watched", "model": "model", "step": "extract"}.items()
     )
-    [rollouts] = [line for line in lines if line.startswith("ray_personaspace_rollouts_total{") and "extract" in line]
-    [loss] = [event for event in events if isinstance(event, ReplicaLost)]
-    # No less; where its agent is slow to answer, Ray sends it the same counts again, and they add up.
-    assert float(rollouts.split()[-1]) >= 16 + loss.rollouts
     stages = {re.search(r'stage="(\d)"', line)[1] for line in lines if "busy_seconds" in line and "forward" in line}  # type: ignore[index]
     assert stages == {"0", "1"}
 
