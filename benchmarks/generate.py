@@ -66,8 +66,8 @@ class Bench:
         self.config, self._chat, self._model, self._vllm = config, chat, model, vllm
         self._engine = TransformersEngine(self._model, self._chat, device=device)
         self._captured = TransformersEngine(self._model, self._chat, device=device)
-        self._slice: Slice = self._captured.slice(checkpoint)
-        self._captured.capture(self._slice, READOUT, range(checkpoint.layers))
+        self._slice: Slice = self._engine.slice(checkpoint)
+        self._captured.capture(checkpoint, READOUT, range(checkpoint.layers))
         plan = plan_personas(PersonasConfig(prompts=1), model_name=checkpoint.name, generation="benchmark")
         chosen = plan.rows[:: len(plan.rows) // rows][:rows]
         self._prompts = [self._chat.encode_prompt(row.messages) for row in chosen]

@@ -9,15 +9,12 @@ from numpy.typing import NDArray
 from personaspace.cluster.shards import ShardWriter, UnitShards
 from personaspace.extract.checkpoint import Checkpoint
 from personaspace.extract.collect import Expected
-from personaspace.extract.config import GenerateConfig
-from personaspace.extract.generate.engine import Response
-from personaspace.extract.generate.transformers_engine import TransformersEngine
-from personaspace.extract.packing import MicroBatch, token_hash
+from personaspace.extract.generate.engine import CapturingEngine
+from personaspace.extract.packing import token_hash
 from personaspace.extract.pooling import Pooled
 from personaspace.extract.reductions import Readout
-from personaspace.extract.stage import Stage
 from personaspace.store.records import Agreement, Record
-from personaspace.store.rollouts import Rollout, Span
+from personaspace.store.rollouts import Rollout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,29 +31,10 @@ class CapturedUnit:
 class Capturing:
     """Has an engine capture what ``writer`` writes."""
 
-    def __init__(self, engine: TransformersEngine, checkpoint: Checkpoint, writer: ShardWriter) -> None:
-        self._writer, self._engine = writer, engine
+    def __init__(self, engine: CapturingEngine, checkpoint: Checkpoint, writer: ShardWriter) -> None:
+        self.engine, self._writer = engine, writer
         self._readout = Readout.of_arrays(writer.arrays)
-        self._model = engine.slice(checkpoint)
-        engine.capture(self._model, self._readout, writer.layers)
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: GenerateConfig
-    ) -> list[tuple[Response, Pooled | None]]:
-        """Responses (generate.engine.Engine), with what was captured of each."""
-        return self._engine.generate_captured(prompts, seeds, config)
-
-    def replay(self, sampled: Mapping[int, tuple[list[int], Response]]) -> dict[int, Pooled]:
-        """Row -> its sums in a forward pass over the finished rollout, given its prompt and response."""
-        if not sampled:
-            return {}
-        batch = MicroBatch(
-            rows=tuple(sampled),
-            token_ids=tuple((*prompt, *response.token_ids) for prompt, response in sampled.values()),
-            segments=tuple(self._readout.segments([_whole(*both)]) for both in sampled.values()),
-        )
-        with Stage(self._model, sites=self._readout.sites, layers=self._writer.layers) as stage:
-            return stage.forward(batch).pooled()
+        engine.capture(checkpoint, self._readout, writer.layers)
 
     def keep(
         self, rollouts: Sequence[Rollout], captured: Sequence[Pooled | None], replayed: Mapping[int, Pooled]
@@ -109,7 +87,3 @@ class Capturing:
             )
             for group in np.unique(groups)
         }
-
-
-def _whole(prompt: Sequence[int], response: Response) -> Span:
-    return Span(turn=0, part="whole", start=len(prompt), stop=len(prompt) + len(response.token_ids))

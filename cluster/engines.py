@@ -79,14 +79,14 @@ def check_engine(generate: GenerateConfig, cluster: ClusterConfig) -> None:
             f"generate.engine: {engine} has no effect together with generate.responses, where nothing is sampled. "
             "Remove one of the two."
         )
-    if engine != "transformers":
-        for name, value in (("capture", generate.capture), ("batching", generate.batching)):
-            if value not in (False, "static"):
-                raise InputError(
-                    f"generate.{name}: {str(value).lower()} is for generate.engine transformers, and it is {engine}. "
-                    "Remove one of the two."
-                )
+    if engine != "transformers" and generate.batching != "static":
+        raise InputError(
+            f"generate.batching: {generate.batching} is for generate.engine transformers, and it is {engine}. "
+            "Remove one of the two."
+        )
     if engine == "openai":
+        if generate.capture:
+            raise InputError("generate.capture: a server gives no activations. Remove it, or use another engine.")
         check_endpoint(generate.endpoint, KEY)
         if cluster.generation is not None:
             raise InputError(
@@ -103,6 +103,8 @@ def check_engine(generate: GenerateConfig, cluster: ClusterConfig) -> None:
                 "cluster.generation: offload, which vLLM does not do. Use `whole`, or `tensor` over more GPUs, or "
                 "generate.engine transformers."
             )
+        if generate.capture and cluster.vllm.eager is False:
+            raise InputError("cluster.vllm.eager: false, and generate.capture reads vLLM's model in eager mode only.")
         _check_python(cluster)
 
 
@@ -168,6 +170,7 @@ def load_engine(spec: GeneratorSpec, chat: ChatFormat, join: Callable[..., Gang]
                 device=spec.device,
                 ranks=spec.ranks,
                 threads=max(1, spec.threads // spec.ranks),
+                captured=spec.capture is not None,
             )
     agree = None
     if spec.sharding == "tensor":

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import ray
 import torch
@@ -19,9 +19,8 @@ from personaspace.extract.chat import ChatFormat
 from personaspace.extract.config import GenerateConfig
 from personaspace.extract.generate.auditor import choose_user
 from personaspace.extract.generate.conversations import Talk, hold_conversations
-from personaspace.extract.generate.engine import Response
+from personaspace.extract.generate.engine import Captured, CapturingEngine, Response
 from personaspace.extract.generate.noise import rollout_seed
-from personaspace.extract.generate.transformers_engine import TransformersEngine
 from personaspace.extract.packing import DUMMY_TOKEN
 from personaspace.extract.personas import PlannedRollout
 from personaspace.extract.pooling import Pooled
@@ -101,8 +100,8 @@ class Generator(Member):
         self._engine = load_engine(spec, self._chat, partial(self.join, meeting))
         self._capturing: Capturing | None = None
         if spec.capture is not None:
-            assert isinstance(self._engine, TransformersEngine)  # check_engine has seen to it.
-            self._capturing = Capturing(self._engine, spec.checkpoint, spec.capture)
+            # check_engine has seen to it that this engine can.
+            self._capturing = Capturing(cast(CapturingEngine, self._engine), spec.checkpoint, spec.capture)
         positions = spec.checkpoint.max_positions
         self._user = choose_user(spec.auditor, self._engine, self._chat, spec.config, max_positions=positions)
         return loaded(begin)
@@ -126,7 +125,7 @@ class Generator(Member):
             if self._capturing and not order.trial:
                 # In a gang all ranks have to take part.
                 places = _one_of_each(order.units, responses)
-                replayed = self._capturing.replay(
+                replayed = self._capturing.engine.replay(
                     {planned[place].row: (prompts[place], responses[place]) for place in places}
                 )
             if not order.trial and self._spec.rank == 0:
@@ -135,11 +134,9 @@ class Generator(Member):
         tokens += sum(talk.earlier_tokens for talk in talks.values())
         return Sampled(tokens=tokens, busy=Busy(activity="generate", start=begin, stop=time.time()))
 
-    def _sample(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: GenerateConfig
-    ) -> list[tuple[Response, Pooled | None]]:
+    def _sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: GenerateConfig) -> list[Captured]:
         if self._capturing is not None:
-            return self._capturing.generate(prompts, seeds, config)
+            return self._capturing.engine.generate_captured(prompts, seeds, config)
         return [(response, None) for response in self._engine.generate(prompts, seeds, config)]
 
     def _talk_on(

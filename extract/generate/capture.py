@@ -28,6 +28,11 @@ _PROBE = 6
 
 def check_capturable(readout: Readout, config: GenerateConfig) -> None:
     """Raise InputError for what can't be read while generating: parts of turns are known only afterwards."""
+    if config.engine == "vllm" and readout.sites != ("resid_post",):
+        raise InputError(
+            f"generate.capture: of vLLM's models only resid_post can be read, and extract.sites has "
+            f"{', '.join(readout.sites)}. Leave generate.capture out, or use generate.engine transformers."
+        )
     if config.batching != "static":
         raise InputError("generate.capture: only with static batching. Leave one of the two out.")
     if readout.parts:
@@ -38,15 +43,16 @@ def check_capturable(readout: Readout, config: GenerateConfig) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Tokens:
+class SegmentTokens:
     """Those that a segment sums, counted from the response's first one: ``[first, stop)``."""
 
     first: int
     stop: int | None
     """None: up to the last one."""
 
-    def __contains__(self, token: int) -> bool:
-        return self.first <= token and (self.stop is None or token < self.stop)
+    def holds(self, token: Any) -> Any:
+        """Whether it sums a token, or for an array of tokens which of them."""
+        return (token >= self.first) & (self.stop is None or token < self.stop)
 
     def count(self, length: int) -> int:
         """How many there are in a response of so many tokens."""
@@ -65,7 +71,7 @@ class Capture:
         self, model: Slice, readout: Readout, layers: Sequence[int], *, stop_ids: Sequence[int], remembered: int = 0
     ) -> None:
         self._model, self._readout, self._layers = model, readout, tuple(layers)
-        self._tokens = [_Tokens(*token_range(name)) for name in readout.reductions]
+        self._tokens = [SegmentTokens(*token_range(name)) for name in readout.reductions]
         self._stop_ids, self._remembered = list(stop_ids), remembered
         self._latest_ZLBD: torch.Tensor | None = None
         self._register()
@@ -93,7 +99,7 @@ class Capture:
             # What a finished row gives may be anything: 0 * inf is NaN.
             self._latest_ZLBD.masked_fill_(~active_B1, 0)
         for segment, tokens in enumerate(self._tokens):
-            if token in tokens:
+            if tokens.holds(token):
                 self._sums_SZLBD[segment].add_(self._latest_ZLBD)
         if self._remembered and token >= 0:
             recent_ZLBD = self._recent_RZLBD[token % self._remembered]
@@ -123,7 +129,7 @@ class Capture:
 
     def _take_back(self, row: int, token: int) -> None:
         for segment, tokens in enumerate(self._tokens):
-            if token in tokens:
+            if tokens.holds(token):
                 self._sums_SZLBD[segment][:, :, row] -= self._recent_RZLBD[token % self._remembered][:, :, row]
 
     def _register(self) -> None:

@@ -11,7 +11,7 @@ from typing import Protocol
 from personaspace.extract.chat import ChatFormat, Message
 from personaspace.extract.config import AuditorConfig, GenerateConfig
 from personaspace.extract.dialogue import Dialogue, Fate, end_dialogue, go_on, open_dialogue
-from personaspace.extract.generate.engine import Engine, FinishReason, Response
+from personaspace.extract.generate.engine import Captured, Engine, FinishReason, Response
 from personaspace.extract.generate.noise import rollout_seed
 from personaspace.extract.personas import PlannedRollout
 from personaspace.extract.pooling import Pooled
@@ -41,7 +41,7 @@ class Said:
     refused: str = ""
 
 
-Sample = Callable[[Sequence[Sequence[int]], Sequence[int], GenerateConfig], list[tuple[Response, Pooled | None]]]
+Sample = Callable[[Sequence[Sequence[int]], Sequence[int], GenerateConfig], list[Captured]]
 """As `Engine.generate`, with what was captured of each response, if anything was."""
 
 

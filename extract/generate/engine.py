@@ -1,10 +1,13 @@
 """What every engine does: token ids in, token ids out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from personaspace.extract.checkpoint import Checkpoint
 from personaspace.extract.config import GenerateConfig
+from personaspace.extract.pooling import Pooled
+from personaspace.extract.reductions import Readout
 
 FinishReason = Literal["stop", "length"]
 """`stop`: the model ended its turn; `length`: it was cut off at `max_new_tokens`."""
@@ -22,6 +25,10 @@ class Response:
     """Why the rollout has to be dropped, though the engine works: a server's answer that can't be read, for example."""
 
 
+Captured = tuple[Response, Pooled | None]
+"""A response and its sums ``(Z, L, S, D)``; None where not just its own tokens could be summed."""
+
+
 class Engine(Protocol):
     """A model that samples responses."""
 
@@ -36,3 +43,18 @@ class Engine(Protocol):
         ``config`` gives temperature, top-p and the longest response. The same prompt, seed and config give the same
         response as far as the engine can promise it; each engine says how far that is.
         """
+
+
+class CapturingEngine(Engine, Protocol):
+    """An engine that can read activations while it samples."""
+
+    def capture(self, checkpoint: Checkpoint, readout: Readout, layers: Sequence[int]) -> None:
+        """From now on, read ``layers`` while generating. Raises InputError for what can't be read so."""
+
+    def generate_captured(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: GenerateConfig
+    ) -> list[Captured]:
+        """As `generate`, with what `capture` asked for."""
+
+    def replay(self, sampled: Mapping[int, tuple[Sequence[int], Response]]) -> dict[int, Pooled]:
+        """Row -> the same sums from a forward pass over the finished rollout, given its prompt and response."""

@@ -1,6 +1,6 @@
 """Generation with transformers: one whole model in this process, static batches, token ids in and out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,14 @@ from personaspace.extract.config import Dtype, GenerateConfig
 from personaspace.extract.generate.capture import Capture
 from personaspace.extract.generate.continuous import sample_continuously
 from personaspace.extract.generate.ending import end_response, stop_ids
-from personaspace.extract.generate.engine import Response
+from personaspace.extract.generate.engine import Captured, Response
 from personaspace.extract.generate.noise import GumbelTopP
+from personaspace.extract.packing import MicroBatch
 from personaspace.extract.pooling import Pooled
 from personaspace.extract.reductions import Readout
 from personaspace.extract.slicing import Slice
+from personaspace.extract.stage import Stage
+from personaspace.store.rollouts import Span
 
 
 def load_causal_lm(checkpoint: Checkpoint, *, dtype: Dtype, device: str = "cpu") -> PreTrainedModel:
@@ -71,12 +74,25 @@ class TransformersEngine:
             compiled=False,
         )
 
-    def capture(self, model: Slice, readout: Readout, layers: Sequence[int]) -> None:
-        """From now on, read ``layers`` of its slice while generating. Raises InputError for what can't be read so."""
+    def capture(self, checkpoint: Checkpoint, readout: Readout, layers: Sequence[int]) -> None:
+        """From now on, read ``layers`` while generating (generate.engine.CapturingEngine)."""
         stops = self._chat.stop_strings
         # No token holds less than a byte of a stop string.
         remembered = max((len(stop.encode()) for stop in stops), default=0)
-        self._capture = Capture(model, readout, layers, stop_ids=self._stop_ids, remembered=remembered)
+        self._slice, self._readout, self._layers = self.slice(checkpoint), readout, tuple(layers)
+        self._capture = Capture(self._slice, readout, layers, stop_ids=self._stop_ids, remembered=remembered)
+
+    def replay(self, sampled: Mapping[int, tuple[Sequence[int], Response]]) -> dict[int, Pooled]:
+        """Row -> its sums in a forward pass over the finished rollout, given its prompt and response."""
+        if not sampled:
+            return {}
+        batch = MicroBatch(
+            rows=tuple(sampled),
+            token_ids=tuple((*prompt, *response.token_ids) for prompt, response in sampled.values()),
+            segments=tuple(self._readout.segments([_whole(*both)]) for both in sampled.values()),
+        )
+        with Stage(self._slice, sites=self._readout.sites, layers=self._layers) as stage:
+            return stage.forward(batch).pooled()
 
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: GenerateConfig
@@ -87,11 +103,8 @@ class TransformersEngine:
     @torch.inference_mode()
     def generate_captured(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: GenerateConfig
-    ) -> list[tuple[Response, Pooled | None]]:
-        """The same, with each response's sums ``(Z, L, S, D)``, as `capture` asked for.
-
-        None where nothing is captured, or not all of a response's tokens could be.
-        """
+    ) -> list[Captured]:
+        """The same, with what `capture` asked for; None where it was not called."""
         if config.batching == "continuous":
             sampled = sample_continuously(self._model, prompts, seeds, config, self._model.generation_config)
             return [(end_response(self._chat, self._stop_ids, token_ids), None) for token_ids in sampled]
@@ -121,6 +134,10 @@ class TransformersEngine:
             return [(response, None) for response in responses]
         pooled = self._capture.finish([len(response.token_ids) for response in responses])
         return list(zip(responses, pooled, strict=True))
+
+
+def _whole(prompt: Sequence[int], response: Response) -> Span:
+    return Span(turn=0, part="whole", start=len(prompt), stop=len(prompt) + len(response.token_ids))
 
 
 class _Stepping(LogitsProcessor):

@@ -8,14 +8,22 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from personaspace.extract.chat import ChatFormat
 from personaspace.extract.checkpoint import Checkpoint
 from personaspace.extract.config import Dtype, GenerateConfig, VllmConfig
+from personaspace.extract.generate.capture import SegmentTokens
 from personaspace.extract.generate.ending import checkpoint_stop_ids, end_response
-from personaspace.extract.generate.engine import Response
+from personaspace.extract.generate.engine import Captured, Response
+from personaspace.extract.generate.vllm_capture import CAPTURABLE, CaptureWorker, requested
+from personaspace.extract.pooling import Pooled
+from personaspace.extract.reductions import Readout, token_range
 from personaspace.store.errors import InputError
 
 CPU_CACHE_GIB = 2.0
@@ -42,6 +50,7 @@ class VllmEngine:
     """A model in vLLM that samples responses (generate.engine.Engine).
 
     ``device`` is `cpu` or `cuda`; ``ranks`` GPUs, or processes of ``threads`` threads each, hold the model together.
+    Only a ``captured`` one can `capture`.
     Each request has a generator of its own, seeded with its seed, so batches and order change nothing but roundings
     (see docs/generation.md for what that comes to).
     """
@@ -56,16 +65,21 @@ class VllmEngine:
         device: str = "cpu",
         ranks: int = 1,
         threads: int = 1,
+        captured: bool = False,
     ) -> None:
         check_vllm()
         os.environ.update({name: value for name, value in _SETTINGS.items() if name not in os.environ})
         on_cpu = device == "cpu"
         if on_cpu:
             os.environ["OMP_NUM_THREADS"] = str(threads)  # Of the processes of the ranks.
+        if captured:
+            # How its newer runner lays out a step is not known here.
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         from vllm import LLM  # Reads the environment when imported.
 
         gib = config.cache_gib or (CPU_CACHE_GIB if on_cpu else None)
         self._chat = chat
+        self._readout: Readout | None = None
         self._stops = checkpoint_stop_ids(checkpoint, chat)
         self._max_positions = checkpoint.max_positions
         self._llm: Any = LLM(
@@ -82,7 +96,8 @@ class VllmEngine:
             gpu_memory_utilization=config.memory,
             kv_cache_memory_bytes=None if gib is None else int(gib * 2**30),
             enable_prefix_caching=True,
-            enforce_eager=on_cpu if config.eager is None else config.eager,
+            enforce_eager=on_cpu or captured if config.eager is None else config.eager,
+            worker_extension_cls=f"{CaptureWorker.__module__}.{CaptureWorker.__qualname__}" if captured else "",
             # Only our settings count: a checkpoint's own sampling defaults must not slip in.
             generation_config="vllm",
             seed=0,
@@ -104,9 +119,59 @@ class VllmEngine:
 
         Raises InputError where memory is too small for rollouts that the model's own context would hold.
         """
+        return self._sample(prompts, seeds, config, [len(prompt) for prompt in prompts], config.max_new_tokens)
+
+    def capture(self, checkpoint: Checkpoint, readout: Readout, layers: Sequence[int]) -> None:
+        """From now on, `generate_captured` reads ``layers`` (generate.engine.CapturingEngine)."""
+        [architecture] = checkpoint.config().architectures or ["unknown"]
+        if architecture not in CAPTURABLE:
+            raise InputError(
+                f"generate.capture: vLLM's {architecture} was not compared with transformers', so nobody knows that "
+                f"it is read rightly. Known: {', '.join(sorted(CAPTURABLE))}. Leave generate.capture out, or use "
+                "generate.engine transformers."
+            )
+        self._readout = readout
+        segments = [token_range(name) for name in readout.reductions]
+        self._llm.collective_rpc("start_capture", args=(list(layers), checkpoint.layers, segments))
+
+    def generate_captured(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: GenerateConfig
+    ) -> list[Captured]:
+        """The same, with what `capture` asked for.
+
+        None for responses that a stop string ended, that vLLM put off and began anew, or that fill the context.
+        """
+        begins = [len(prompt) for prompt in prompts]
+        with self._capturing(config.max_new_tokens) as sums:
+            # The last token has to pass, too: what is sampled after it is thrown away.
+            responses = self._sample(prompts, seeds, config, begins, config.max_new_tokens + 1)
+        lengths = [len(response.token_ids) for response in responses]
+        return list(zip(responses, self._pooled(sums, lengths), strict=True))
+
+    def replay(self, sampled: Mapping[int, tuple[Sequence[int], Response]]) -> dict[int, Pooled]:
+        """Row -> its sums in a forward pass over the finished rollout, given its prompt and response."""
+        wholes = [[*prompt, *response.token_ids] for prompt, response in sampled.values()]
+        begins = [len(prompt) for prompt, _ in sampled.values()]
+        lengths = [len(response.token_ids) for _, response in sampled.values()]
+        with self._capturing(max(lengths, default=0)) as sums:
+            self._sample(wholes, [0] * len(wholes), GenerateConfig(max_new_tokens=1), begins, 1, anew=True)
+        found = zip(sampled, self._pooled(sums, lengths), strict=True)
+        return {row: pooled for row, pooled in found if pooled is not None}
+
+    def _sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        config: GenerateConfig,
+        begins: Sequence[int],
+        sampled_tokens: int,
+        *,
+        anew: bool = False,
+    ) -> list[Response]:
+        """``begins``: tokens before each response. ``anew``: nothing is taken from the cache of prefixes."""
         from vllm import SamplingParams
 
-        needed = max(len(prompt) for prompt in prompts) + config.max_new_tokens
+        needed = max((len(prompt) for prompt in prompts), default=0) + config.max_new_tokens
         if self.longest < needed and (self._max_positions is None or self.longest < self._max_positions):
             raise InputError(
                 f"cluster.vllm: memory holds rollouts of {self.longest} tokens, and {needed} may be needed. Raise "
@@ -121,11 +186,13 @@ class VllmEngine:
                     temperature=config.temperature,
                     top_p=config.top_p,
                     seed=seeds[place],
-                    max_tokens=config.max_new_tokens,
+                    max_tokens=sampled_tokens,
                     stop_token_ids=self._stops,
                     ignore_eos=True,  # All that end a turn are in stop_token_ids.
                     stop=stops or None,
                     detokenize=bool(stops),
+                    skip_reading_prefix_cache=anew,
+                    extra_args=requested(place, begins[place]),
                 )
                 for place in fitting
             ],
@@ -133,13 +200,41 @@ class VllmEngine:
         )
         self.prompt_tokens += sum(len(prompts[place]) for place in fitting)
         self.shared_tokens += sum(output.num_cached_tokens or 0 for output in outputs)
-        sampled = {place: list(output.outputs[0].token_ids) for place, output in zip(fitting, outputs, strict=True)}
+        sampled = {
+            place: list(output.outputs[0].token_ids)[: config.max_new_tokens]
+            for place, output in zip(fitting, outputs, strict=True)
+        }
         return [
             end_response(self._chat, self._stops, sampled[place])
             if place in sampled
             else _too_long(len(prompt), self.longest)
             for place, prompt in enumerate(prompts)
         ]
+
+    @contextmanager
+    def _capturing(self, longest: int) -> Iterator[dict[int, tuple[NDArray[np.float32], int]]]:
+        """Sums of the responses that are sampled within, by their place, at its end."""
+        sums: dict[int, tuple[NDArray[np.float32], int]] = {}
+        self._llm.collective_rpc("begin_capture", args=(longest, self._stops))
+        try:
+            yield sums
+        finally:
+            for found in self._llm.collective_rpc("end_capture"):
+                sums |= found
+
+    def _pooled(
+        self, sums: Mapping[int, tuple[NDArray[np.float32], int]], lengths: Sequence[int]
+    ) -> Iterator[Pooled | None]:
+        """Of each response, given its length; None if not just its own tokens were summed."""
+        assert self._readout is not None
+        tokens = [SegmentTokens(*token_range(name)) for name in self._readout.reductions]
+        for place, length in enumerate(lengths):
+            sums_SLD, seen = sums.get(place, (None, 0))
+            if sums_SLD is None or seen != length:
+                yield None
+                continue
+            counts_S = np.array([segment.count(length) for segment in tokens])
+            yield Pooled(sums_SD=sums_SLD.transpose(1, 0, 2)[None], counts_S=counts_S)
 
     def close(self) -> None:
         """End the processes of its ranks, and free its memory. It can't generate after it."""

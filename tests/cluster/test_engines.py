@@ -67,9 +67,14 @@ def node(cpus: float, gpus: float = 0) -> Node:
             ),
         ),
         (
-            {"engine": "vllm", "capture": True},
+            {"engine": "openai", "endpoint": SERVER, "capture": True},
             {},
-            "generate.capture: true is for generate.engine transformers, and it is vllm. Remove one of the two.",
+            "generate.capture: a server gives no activations. Remove it, or use another engine.",
+        ),
+        (
+            {"engine": "vllm", "capture": True},
+            {"vllm": VllmConfig(eager=False)},
+            "cluster.vllm.eager: false, and generate.capture reads vLLM's model in eager mode only.",
         ),
         (
             {"engine": "openai", "batching": "continuous"},
@@ -109,7 +114,6 @@ def test_what_cannot_be_is_refused_before_any_work(
 
 
 def test_what_can_be_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("openai")
     check_engine(GenerateConfig(), ClusterConfig())
     check_engine(GenerateConfig(engine="openai", endpoint=SERVER), ClusterConfig())
     # What the nodes of a cluster have can't be seen from here.
@@ -171,7 +175,6 @@ def generate_all(job: Job) -> list[Event]:
 
 @pytest.mark.usefixtures("own_ray")
 def test_a_server_behind_ray(model: Model, tmp_path: Path) -> None:
-    pytest.importorskip("openai")
     with model.serve(name=model.checkpoint.source) as server:
         endpoint = EndpointConfig(base_url=server.url, retries=2)
         asking = job(model, tmp_path, "asked", engine="openai", endpoint=endpoint)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,12 +10,15 @@ import time
 import uuid
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from personaspace.store import open_run
 from personaspace.store.local import LocalFolder
 from personaspace.store.manifest import require_manifest
 from personaspace.store.records import ROLLOUTS, committed_slots
 from personaspace.store.rollouts import read_rollouts
+from personaspace.store.schema import RESID_POST_MEAN
 from personaspace.store.verify import verify
 from tests.cluster.crashes import processes_with
 from tests.models import tiny_checkpoint
@@ -30,7 +34,7 @@ pytestmark = [
 CONFIG = """
 model: {{id: {model}, dtype: float32}}
 personas: {{only: [pirate, ghost, teacher], prompts: 2, max_questions: 8}}
-generate: {{engine: vllm, max_new_tokens: {tokens}, batch_rows: 8}}
+generate: {{engine: vllm, max_new_tokens: {tokens}, batch_rows: 8, capture: {capture}}}
 extract: {{window_rows: 16}}
 store: {{root: {root}, run: {run}, unit_rows: 4, layer_group: 2}}
 cluster: {{device: cpu, vllm: {{python: {python}, cache_gib: 0.2}}}}
@@ -48,12 +52,19 @@ class Place:
         self.model = tiny_checkpoint(folder / "model", layers=2, hidden=128)
 
     def start(
-        self, run: str, *, python: str = sys.executable, mark: str = "", step: str = "generate"
+        self,
+        run: str,
+        *,
+        python: str = sys.executable,
+        mark: str = "",
+        step: str = "generate",
+        capture: bool = False,
     ) -> subprocess.Popen[str]:
         file = self.folder / f"{run}.yaml"
         inside = python != sys.executable
         vllm = "null" if inside else PYTHON
-        file.write_text(CONFIG.format(model=self.model, root=self.folder, run=run, python=vllm, tokens=TOKENS))
+        settings = {"python": vllm, "tokens": TOKENS, "capture": str(capture).lower()}
+        file.write_text(CONFIG.format(model=self.model, root=self.folder, run=run, **settings))
         return subprocess.Popen(
             [python, "-m", "personaspace", step, str(file)],
             stdout=subprocess.PIPE,
@@ -111,6 +122,19 @@ def test_generated_stored_extracted_verified(place: Place) -> None:
     assert {row["finish_reason"] for row in sampled} <= {"stop", "length"}
     made = read_rollouts(folder).column("sampling").to_pylist()
     assert all(json.loads(sampling)["maker"].startswith("vllm 0.") for sampling in made)
+
+
+def test_what_is_captured_is_what_a_second_pass_gives(place: Place) -> None:
+    output = place.finish(place.start("captured", capture=True))
+    [cosine] = re.findall(r"agree: cosine at least (\d\.\d+)", output)
+    assert float(cosine) > 0.99999
+    folder = LocalFolder(place.folder / "captured")
+    assert {array for array, _, _ in committed_slots(folder)} >= {ROLLOUTS, RESID_POST_MEAN}
+    place.finish(place.start("captured", capture=True, step="extract"))
+    assert verify(folder).problems == ()
+    assert place.sampled("captured") == place.sampled("undisturbed")
+    captured, extracted = (open_run(str(place.folder / run))[RESID_POST_MEAN] for run in ("captured", "undisturbed"))
+    np.testing.assert_allclose(captured.values, extracted.values, rtol=1e-3, atol=1e-4)
 
 
 def test_killed_generator_is_replaced_and_says_the_same(place: Place) -> None:

@@ -47,9 +47,13 @@ def load(
 
 
 def captured(
-    engine: TransformersEngine, chat: ChatFormat, model: Slice, readout: Readout, config: GenerateConfig = CONFIG
+    engine: TransformersEngine,
+    chat: ChatFormat,
+    checkpoint: Checkpoint,
+    readout: Readout,
+    config: GenerateConfig = CONFIG,
 ) -> tuple[list[list[int]], list[tuple[Response, Pooled | None]]]:
-    engine.capture(model, readout, range(model.stop))
+    engine.capture(checkpoint, readout, range(checkpoint.layers))
     prompts = [chat.encode_prompt([{"role": "user", "content": question}]) for question in QUESTIONS]
     return prompts, engine.generate_captured(prompts, range(len(prompts)), config)
 
@@ -74,7 +78,7 @@ def test_it_is_what_a_replay_gives(tmp_path: Path, family: str) -> None:
     readout = Readout.of_arrays(plan_arrays(sites, REDUCTIONS, None))
     engine, chat, checkpoint = load(tiny_checkpoint(tmp_path, family, layers=3))
     model = engine.slice(checkpoint)
-    prompts, found = captured(engine, chat, model, readout)
+    prompts, found = captured(engine, chat, checkpoint, readout)
     responses = [response for response, _ in found]
     assert {response.finish_reason for response in responses} >= {"length"}
     engine_alone, _, _ = load(tmp_path)
@@ -112,7 +116,7 @@ def test_rows_end_whenever_they_like(tiny: Path, stops: set[tuple[int, int]], to
     (tiny / "generation_config.json").write_text(json.dumps({"eos_token_id": stop_ids}))
     engine, chat, checkpoint = load(tiny)
     model = engine.slice(checkpoint)
-    _, found = captured(engine, chat, model, MEAN, GenerateConfig(max_new_tokens=tokens))
+    _, found = captured(engine, chat, checkpoint, MEAN, GenerateConfig(max_new_tokens=tokens))
     for whole, (response, _) in zip(unstopped, found, strict=True):
         end = next((i for i, token in enumerate(whole.token_ids) if token in stop_ids), len(whole.token_ids))
         assert response.token_ids == whole.token_ids[: min(end, tokens)]
@@ -124,7 +128,7 @@ def test_what_belongs_to_a_stop_string_is_taken_back(tmp_path: Path, tokens: int
     folder = reciting_checkpoint(tmp_path, ":", " I see the old house.\nUser:", chat_template=None)
     engine, chat, checkpoint = load(folder, chat_template="plain")
     model = engine.slice(checkpoint)
-    prompts, found = captured(engine, chat, model, ALL, GenerateConfig(max_new_tokens=tokens))
+    prompts, found = captured(engine, chat, checkpoint, ALL, GenerateConfig(max_new_tokens=tokens))
     texts = {response.text for response, _ in found}
     assert len(texts) == 1
     assert "User" not in texts.pop() or tokens < 30
@@ -134,7 +138,7 @@ def test_what_belongs_to_a_stop_string_is_taken_back(tmp_path: Path, tokens: int
 def test_in_bfloat16_it_is_what_a_replay_gives_within_its_rounding(tmp_path: Path) -> None:
     engine, chat, checkpoint = load(tiny_checkpoint(tmp_path, layers=4), dtype="bfloat16")
     model = engine.slice(checkpoint)
-    prompts, found = captured(engine, chat, model, MEAN)
+    prompts, found = captured(engine, chat, checkpoint, MEAN)
     responses = [response for response, _ in found]
     for row, truth in replayed(model, MEAN, prompts, responses).items():
         pooled = found[row][1]
@@ -150,3 +154,8 @@ def test_what_is_known_only_afterwards_is_refused() -> None:
         check_capturable(readout, CONFIG)
     with pytest.raises(InputError, match=r"generate\.capture: only with static batching"):
         check_capturable(MEAN, GenerateConfig(batching="continuous"))
+    check_capturable(MEAN, GenerateConfig(engine="vllm"))
+    with pytest.raises(
+        InputError, match=r"^generate\.capture: of vLLM's models only resid_post can be read, and extract"
+    ):
+        check_capturable(ALL, GenerateConfig(engine="vllm"))
