@@ -40,7 +40,7 @@ def node(cpus: float, gpus: float = 0) -> Node:
         (
             {"engine": "openai"},
             {},
-            "generate.endpoint.base_url: is missing; give the server's address, such as http://HOST:8000/v1.",
+            "generate.endpoint.base_url: is missing; give the server's address, such as http://HOST:8000/v1 or https://api.openai.com/v1.",
         ),
         (
             {"engine": "openai", "endpoint": SERVER},
