@@ -1,6 +1,6 @@
 """Generation: engines against a naive loop, and capturing while generating against a second pass, side by side.
 
-    python benchmarks/generate.py                           # SmolLM2-135M (make demo fetches it); half an hour
+    python benchmarks/generate.py                           # SmolLM2-135M (make demo fetches it); a quarter of an hour
     python benchmarks/generate.py --vllm .venv-vllm/bin/python   # beside vLLM (`make vllm`)
     python benchmarks/generate.py --quick --json out.json
     python benchmarks/generate.py --device cuda --random --rows 1024 --batch 256   # Llama 3.1 8B's shape
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from extract_gpu import LLAMA_8B, TINY
-from generate_vllm import Sampled, VllmProcess
+from generate_vllm import MEANS, Sampled, VllmProcess
 from machine import describe_machine
 from ratios import ratio, show
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -40,12 +40,10 @@ from personaspace.extract.generate.transformers_engine import TransformersEngine
 from personaspace.extract.packing import MicroBatch, form_batches
 from personaspace.extract.personas import plan_personas
 from personaspace.extract.pooling import Pooled
-from personaspace.extract.reductions import Readout, plan_arrays
 from personaspace.extract.slicing import Slice
 from personaspace.extract.stage import Stage
 from personaspace.store.rollouts import Span
 
-READOUT = Readout.of_arrays(plan_arrays(("resid_post",), ("mean",), None))
 TOKEN_BUDGET = 4096
 """Tokens of a micro-batch of the replay."""
 
@@ -67,7 +65,7 @@ class Bench:
         self._engine = TransformersEngine(self._model, self._chat, device=device)
         self._captured = TransformersEngine(self._model, self._chat, device=device)
         self._slice: Slice = self._engine.slice(checkpoint)
-        self._captured.capture(checkpoint, READOUT, range(checkpoint.layers))
+        self._captured.capture(checkpoint, MEANS, range(checkpoint.layers))
         plan = plan_personas(PersonasConfig(prompts=1), model_name=checkpoint.name, generation="benchmark")
         chosen = plan.rows[:: len(plan.rows) // rows][:rows]
         self._prompts = [self._chat.encode_prompt(row.messages) for row in chosen]
@@ -84,13 +82,17 @@ class Bench:
         assert self._vllm
         return self._vllm.sample(self._prompts, self._seeds, self.config)
 
+    def vllm_capture(self) -> Sampled:
+        assert self._vllm
+        return self._vllm.sample(self._prompts, self._seeds, self.config, capture=True)
+
     def capture(self) -> list[tuple[Response, Pooled | None]]:
         return self._in_batches(self._captured.generate_captured, self.config)
 
     def naive(self) -> list[Response]:
-        """What a script does: one prompt at a time, with transformers' own sampling."""
+        """What a script does: one prompt at a time, with transformers' own sampling. Of every eighth: it is slow."""
         responses = []
-        for prompt, seed in zip(self._prompts, self._seeds, strict=True):
+        for prompt, seed in zip(self._prompts[::8], self._seeds[::8], strict=True):
             torch.manual_seed(seed)
             ids_BT = torch.tensor([prompt], device=self._device)
             with torch.inference_mode():
@@ -114,7 +116,7 @@ class Bench:
             if response.token_ids:
                 tokens[row] = (*prompt, *response.token_ids)
                 whole = Span(turn=0, part="whole", start=len(prompt), stop=len(tokens[row]))
-                segments[row] = READOUT.segments([whole])
+                segments[row] = MEANS.segments([whole])
         batches: list[MicroBatch] = form_batches(tokens, segments, TOKEN_BUDGET, packed=False)
         pooled: dict[int, Pooled] = {}
         with Stage(self._slice) as stage:
@@ -141,7 +143,7 @@ def measure(bench: Bench, rounds: int, *, vllm: bool) -> dict[str, Any]:
     }
     bench.capture()  # Nobody pays for what happens once.
     if vllm:
-        contenders["vllm"] = bench.vllm
+        contenders |= {"vllm": bench.vllm, "vllm capture": bench.vllm_capture}
         bench.vllm()
     found: dict[str, Any] = {name: {"seconds": [], "tokens": []} for name in (*contenders, "replay")}
     for number in range(rounds):
@@ -196,9 +198,9 @@ def main() -> None:
     parser.add_argument("--random", action="store_true", help="random weights of Llama 3.1 8B's shape, not the model's")
     parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="of an environment with vLLM; with --model only")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rows", type=int, default=120)
-    parser.add_argument("--tokens", type=int, default=64, help="longest response")
-    parser.add_argument("--batch", type=int, default=60, help="rollouts of a static batch")
+    parser.add_argument("--rows", type=int, default=96)
+    parser.add_argument("--tokens", type=int, default=96, help="longest response")
+    parser.add_argument("--batch", type=int, default=48, help="rollouts of a static batch")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="8 rollouts of 16 tokens, 2 rounds")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -234,14 +236,20 @@ def main() -> None:
     speeds = {name: per_second(found, name) for name in found if name != "replay"}
     for name, each in speeds.items():
         print(f"{name}: median {statistics.median(each):,.0f} response tokens/s")
-    engines = {name: ratio(speeds[name], speeds["naive"]) for name in speeds if name not in ("capture", "naive")}
+    engines = {
+        name: ratio(speeds[name], speeds["naive"]) for name in speeds if "capture" not in name and name != "naive"
+    }
     captured = ratio(found["capture"]["seconds"], found["static"]["seconds"])
     both = [a + b for a, b in zip(found["static"]["seconds"], found["replay"]["seconds"], strict=True)]
+    captured_by_vllm = ratio(found["vllm capture"]["seconds"], found["vllm"]["seconds"]) if vllm else None
     total = ratio(both, found["capture"]["seconds"])
     for name, each_ratio in engines.items():
         show(f"{name} over naive", each_ratio)
     show("time of capturing over generating alone", captured)
     show("time of generating and replaying over capturing", total)
+    if captured_by_vllm:
+        show("time of vllm capturing over vllm generating alone", captured_by_vllm)
+        figures["vllm_capture_over_vllm"] = captured_by_vllm["median"]
     figures |= {
         "measured": found,
         "engine_over_naive": {name: each_ratio["median"] for name, each_ratio in engines.items()},

@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from personaspace.extract.config import GenerateConfig, ModelConfig, VllmConfig
+from personaspace.extract.reductions import Readout, plan_arrays
+
+MEANS = Readout.of_arrays(plan_arrays(("resid_post",), ("mean",), None))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,9 +53,19 @@ class VllmProcess:
         self.loading = time.perf_counter() - begin
         """Seconds from its start until the model was there."""
 
-    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: GenerateConfig) -> Sampled:
-        """Sample one response per prompt (token ids); ``seconds`` are of the process, without the way there."""
-        work = {"prompts": [list(prompt) for prompt in prompts], "seeds": list(seeds), "config": asdict(config)}
+    def sample(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: GenerateConfig, *, capture: bool = False
+    ) -> Sampled:
+        """Sample one response per prompt (token ids); ``seconds`` are of the process, without the way there.
+
+        ``capture``: with the means of all layers.
+        """
+        work = {
+            "prompts": [list(prompt) for prompt in prompts],
+            "seeds": list(seeds),
+            "config": asdict(config),
+            "capture": capture,
+        }
         assert self._process.stdin
         print(json.dumps(work), file=self._process.stdin, flush=True)
         return Sampled(**self._receive())
@@ -91,13 +104,21 @@ def serve() -> None:
         dtype=model.dtype,
         ranks=asked["ranks"],
         threads=asked["threads"],
+        captured=True,
     )
+    engine.capture(checkpoint, MEANS, range(checkpoint.layers))
     print("{}", file=answers, flush=True)
     for line in sys.stdin:
         work = json.loads(line)
         del work["config"]["endpoint"]
         begin = time.perf_counter()
-        responses = engine.generate(work["prompts"], work["seeds"], GenerateConfig(**work["config"]))
+        config = GenerateConfig(**work["config"])
+        if work["capture"]:
+            captured = engine.generate_captured(work["prompts"], work["seeds"], config)
+            assert all(pooled is not None for _, pooled in captured)
+            responses = [response for response, _ in captured]
+        else:
+            responses = engine.generate(work["prompts"], work["seeds"], config)
         seconds = time.perf_counter() - begin
         tokens = sum(len(response.token_ids) for response in responses)
         shared = engine.shared_tokens / engine.prompt_tokens

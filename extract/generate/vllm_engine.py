@@ -101,8 +101,9 @@ class VllmEngine:
             # Only our settings count: a checkpoint's own sampling defaults must not slip in.
             generation_config="vllm",
             seed=0,
-            # On CPUs it shares prefixes by 128 tokens unless told otherwise: more than many a system prompt has.
-            **({"block_size": CPU_BLOCK} if on_cpu else {}),
+            # On CPUs it shares prefixes by 128 tokens unless told otherwise: more than many a system prompt has. And a
+            # prompt that is read in parts ends the process there, since vLLM rewinds the generator of its seed.
+            **({"block_size": CPU_BLOCK, "enable_chunked_prefill": False} if on_cpu else {}),
         )
         self.maker: str | None = f"vllm {importlib.metadata.version(_distribution())}"
         self.longest = int(self._llm.model_config.max_model_len)

@@ -90,6 +90,7 @@ def sampled(tiny: Tiny) -> dict[str, list[Response]]:
             "backwards": some(engine, list(rows)[::-1])[::-1],
             "alone": [some(engine, [row])[0] for row in rows],
             "cold": some(engine, list(rows), GenerateConfig(max_new_tokens=12, temperature=0.01)),
+            "many": engine.generate(tiny.prompts * 8, SEEDS * 8, GenerateConfig(max_new_tokens=2)),
             "too long": engine.generate([[1] * MAX_POSITIONS, tiny.prompts[0]], SEEDS[:2], CONFIG),
             "to the end": engine.generate([[1] * (MAX_POSITIONS - 4)], SEEDS[:1], CONFIG),
         }
@@ -103,6 +104,12 @@ def test_a_seed_gives_the_same_response_in_any_company(sampled: dict[str, list[R
     assert len({response.text for response in together}) == len(SEEDS)
     for company in ("again", "backwards", "alone"):
         assert sampled[company] == together
+
+
+@needs_vllm
+def test_prompts_of_more_tokens_than_a_step_takes(tiny: Tiny, sampled: dict[str, list[Response]]) -> None:
+    assert sum(map(len, tiny.prompts * 8)) > 8192
+    assert sampled["many"] == sampled["many"][: len(SEEDS)] * 8
 
 
 @needs_vllm
