@@ -1,6 +1,6 @@
 """Generation: engines against a naive loop, and capturing while generating against a second pass, side by side.
 
-    python benchmarks/generate.py                           # SmolLM2-135M (make demo fetches it); a quarter of an hour
+    python benchmarks/generate.py                           # SmolLM2-135M (make demo fetches it); half an hour
     python benchmarks/generate.py --vllm .venv-vllm/bin/python   # beside vLLM (`make vllm`)
     python benchmarks/generate.py --quick --json out.json
     python benchmarks/generate.py --device cuda --random --rows 1024 --batch 256   # Llama 3.1 8B's shape
@@ -16,6 +16,7 @@
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -147,6 +148,7 @@ def measure(bench: Bench, rounds: int, *, vllm: bool) -> dict[str, Any]:
         bench.vllm()
     found: dict[str, Any] = {name: {"seconds": [], "tokens": []} for name in (*contenders, "replay")}
     for number in range(rounds):
+        print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
         names = list(contenders)[:: -1 if number % 2 else 1]
         for name in names:
             begin = time.perf_counter()

@@ -32,6 +32,8 @@ CONFIG = GenerateConfig(engine="vllm", max_new_tokens=24)
 SYSTEM = "You are a ghost who lingers in an old house, and you speak softly of the past. " * 3
 QUESTIONS = ("Who are you?", "What should I do about a friend?", "Tell me of the sea, the night, the stars.", "Why?")
 SEEDS = [rollout_seed(0, str(row)) for row in range(12)]
+MANY = [[10 + (row * 31 + place * (7 + row)) % 200 for place in range(150)] for row in range(100)]
+"""15,000 tokens that have no beginning in common."""
 SMALL = VllmConfig(cache_gib=0.1)
 HIDDEN = 128
 """vLLM's kernels for CPUs know no heads narrower than 32."""
@@ -90,7 +92,8 @@ def sampled(tiny: Tiny) -> dict[str, list[Response]]:
             "backwards": some(engine, list(rows)[::-1])[::-1],
             "alone": [some(engine, [row])[0] for row in rows],
             "cold": some(engine, list(rows), GenerateConfig(max_new_tokens=12, temperature=0.01)),
-            "many": engine.generate(tiny.prompts * 8, SEEDS * 8, GenerateConfig(max_new_tokens=2)),
+            "many": engine.generate(MANY, range(len(MANY)), GenerateConfig(max_new_tokens=2)),
+            "one by one": [engine.generate([MANY[row]], [row], GenerateConfig(max_new_tokens=2))[0] for row in (0, 99)],
             "too long": engine.generate([[1] * MAX_POSITIONS, tiny.prompts[0]], SEEDS[:2], CONFIG),
             "to the end": engine.generate([[1] * (MAX_POSITIONS - 4)], SEEDS[:1], CONFIG),
         }
@@ -107,9 +110,9 @@ def test_a_seed_gives_the_same_response_in_any_company(sampled: dict[str, list[R
 
 
 @needs_vllm
-def test_prompts_of_more_tokens_than_a_step_takes(tiny: Tiny, sampled: dict[str, list[Response]]) -> None:
-    assert sum(map(len, tiny.prompts * 8)) > 8192
-    assert sampled["many"] == sampled["many"][: len(SEEDS)] * 8
+def test_prompts_of_more_tokens_than_a_step_takes(sampled: dict[str, list[Response]]) -> None:
+    """What is over waits; vLLM would read a part of a prompt, which its generators on CPUs can't bear."""
+    assert [sampled["many"][row] for row in (0, 99)] == sampled["one by one"]
 
 
 @needs_vllm
