@@ -92,12 +92,13 @@ def sampled(tiny: Tiny) -> dict[str, list[Response]]:
             "backwards": some(engine, list(rows)[::-1])[::-1],
             "alone": [some(engine, [row])[0] for row in rows],
             "cold": some(engine, list(rows), GenerateConfig(max_new_tokens=12, temperature=0.01)),
-            "many": engine.generate(MANY, range(len(MANY)), GenerateConfig(max_new_tokens=2)),
-            "one by one": [engine.generate([MANY[row]], [row], GenerateConfig(max_new_tokens=2))[0] for row in (0, 99)],
             "too long": engine.generate([[1] * MAX_POSITIONS, tiny.prompts[0]], SEEDS[:2], CONFIG),
             "to the end": engine.generate([[1] * (MAX_POSITIONS - 4)], SEEDS[:1], CONFIG),
         }
         tiny.shared = engine.shared_tokens / engine.prompt_tokens
+        short = GenerateConfig(max_new_tokens=2)
+        found["many"] = engine.generate(MANY, range(len(MANY)), short)
+        found["one by one"] = [engine.generate([MANY[row]], [row], short)[0] for row in (0, 99)]
     return found
 
 
