@@ -7,6 +7,7 @@ appears in no message.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ REASKED = 2
 """Times that a request is repeated whose answer can't be read."""
 LONGEST_PAUSE = 120.0
 """Seconds for which a server may put a request off; the package's own limit."""
+_VERSION = re.compile(r"[-@:.](\d[\w.-]*|latest|main|[0-9a-f]{7,40})")
+"""What may follow a model's name: `-2025-04-14`, `@main`."""
 _SHOWN = 300
 """Characters of a server's message that are told."""
 
@@ -176,6 +179,15 @@ def told_by_server(error: Any) -> str:
     if not isinstance(said, str):
         said = str(error.body if error.body is not None else error.response.text)
     return " ".join(said.split())
+
+
+def same_model(asked: str, answered: str) -> bool:
+    """Whether an answer's model is the one that was asked: the same name, with a version, or without its owner."""
+    for name in {asked, asked.rsplit("/", 1)[-1]}:
+        for found in {answered, answered.rsplit("/", 1)[-1]}:
+            if found == name or (found.startswith(name) and _VERSION.fullmatch(found[len(name) :])):
+                return True
+    return False
 
 
 def _read(answer: Any) -> Completion:

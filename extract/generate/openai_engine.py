@@ -14,7 +14,7 @@ from typing import Any
 
 from personaspace.extract.chat import ChatFormat
 from personaspace.extract.config import GenerateConfig
-from personaspace.extract.endpoint import Completion, Endpoint, EndpointError, MalformedError, RefusedError
+from personaspace.extract.endpoint import Completion, Endpoint, EndpointError, MalformedError, RefusedError, same_model
 from personaspace.extract.generate.ending import end_response
 from personaspace.extract.generate.engine import FinishReason, Response
 from personaspace.store.errors import InputError
@@ -51,7 +51,7 @@ class OpenAIEngine:
         self._answers_as = answer.model
         told = "token ids" if self.manner.tells_ids else "text"
         self.maker: str | None = f"{answer.model} of a server that tells {told}"
-        if self.model not in answer.model and answer.model not in self.model:
+        if not same_model(self.model, answer.model):
             raise InputError(
                 f"{KEY}.model: asked for {self.model}, {endpoint.config.base_url} answers as {answer.model}. Give the "
                 "name of the model that it serves, and make sure that it is the model of `model.id`."

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ OPENAI_URL = "https://api.openai.com/v1"
 LONGEST_WAIT = 600.0
 """Seconds that an endpoint may ask us to wait; more counts as this."""
 _LOCAL = {"localhost", "127.0.0.1", "::1"}
-_VERSION = re.compile(r"[-@:.](\d[\w.-]*|latest|main|[0-9a-f]{7,40})")
-"""What may follow a model's name: `-2025-04-14`, `@main`."""
 
 
 class FailedRequestError(Exception):
@@ -167,15 +164,6 @@ def extra_body(config: JudgeConfig) -> dict[str, Any]:
         if name in fields:
             raise InputError(f"judge.extra_body: {name} can't be set here; judging sets it itself.")
     return fields
-
-
-def same_model(asked: str, answered: str) -> bool:
-    """Whether an answer's model is the one that was asked: the same name, with a version, or without its owner."""
-    for name in {asked, asked.rsplit("/", 1)[-1]}:
-        for found in {answered, answered.rsplit("/", 1)[-1]}:
-            if found == name or (found.startswith(name) and _VERSION.fullmatch(found[len(name) :])):
-                return True
-    return False
 
 
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-from personaspace.extract.endpoint import EndpointError
+from personaspace.extract.endpoint import EndpointError, same_model
 from personaspace.extract.judging.answers import MalformedAnswerError, read_answer
 from personaspace.extract.judging.config import JudgeConfig
 from personaspace.extract.judging.cost import Prices, Purse, most_tokens
@@ -20,7 +20,6 @@ from personaspace.extract.judging.endpoint import (
     Judge,
     RefusedRequestError,
     Reply,
-    same_model,
 )
 from personaspace.extract.judging.instructions import Instructions
 from personaspace.extract.judging.keeping import Keeper
