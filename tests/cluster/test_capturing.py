@@ -98,6 +98,7 @@ def test_what_was_not_captured_is_replayed(place: Path) -> None:
     for array, unit, group in lost:
         job.folder.delete(f"commits/{unit:06d}/{array}.{group:03d}.000.json")
         job.folder.delete(f"activations.zarr/resid_post_mean/c/{unit}/{group}/0")
+    job = job_for(place, "half")
     work(job, "extract")
     whole = open_run(job_for(place, "captured", reductions=("mean", "last_prompt", "first_4")).folder)
     found = open_run(job.folder)

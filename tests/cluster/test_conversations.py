@@ -217,6 +217,8 @@ def test_transcripts_are_exported(mixed: Job, tmp_path: Path) -> None:
     assert written["topic"] == "The night, part 1."
     assert written["conversation"] == [*one.messages, {"role": "assistant", "content": one.response}]
     assert written["conversation"][0] == {"role": "system", "content": "Be patient."}
+    with pytest.raises(InputError, match="exists"):
+        export(mixed.folder, tmp_path / "out", "transcripts", say=told.append)
     export(mixed.folder, tmp_path / "sea", "transcripts", roles=["scenario.sea"], sample=1, say=told.append)
     assert len(list((tmp_path / "sea").rglob("*.json"))) == 3
     with pytest.raises(InputError, match=r"of 'ghost'; it has those of scenario\.sea, scenario\.night\.$"):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel
 
+from personaspace.extract import slicing
 from personaspace.extract.anatomy import UnsupportedModelError
 from personaspace.extract.checkpoint import Checkpoint, resolve
 from personaspace.extract.config import Dtype, ModelConfig
@@ -164,7 +165,7 @@ def test_pass_through() -> None:
 
 
 def test_a_transformers_that_is_too_old_reads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.__version__", "5.19.0")
+    monkeypatch.setattr(slicing.transformers, "__version__", "5.19.0")
     with pytest.raises(InputError) as error:
         load_slice(tiny(tmp_path, "llama"), first=0, stop=2, dtype="float32")
     assert str(error.value) == (

@@ -23,6 +23,7 @@ PLACE = {
     "gguf": "d.gguf",
     "parquet": "d.parquet",
     "dataset": "out",
+    "transcripts": "out",
 }
 """Format -> a name for what is exported."""
 

@@ -34,7 +34,10 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> LocalFolder:
         (
             "csv",
             {},
-            "export: 'csv' is not a format; choose one of assistant-axis, safetensors, gguf, parquet, dataset.",
+            (
+                "export: 'csv' is not a format; choose one of assistant-axis, safetensors, gguf, parquet, dataset, "
+                "transcripts."
+            ),
         ),
         ("assistant-axis", {"roles": ["pirate"]}, "no role 'pirate' in this run; it has default, poet, hacker."),
         ("safetensors", {"roles": ["pirate"]}, "the fit has no role 'pirate'; it has poet, hacker, default."),
@@ -56,7 +59,8 @@ def test_refused_exports(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("format_", EXPORTS)
+# Of conversations: tests/cluster/test_conversations.py.
+@pytest.mark.parametrize("format_", [name for name in EXPORTS if name != "transcripts"])
 def test_what_exists_is_replaced_only_if_allowed(own: LocalFolder, tmp_path: Path, format_: str) -> None:
     place = tmp_path / PLACE[format_]
     export(own, place, format_, roles=["hacker"], say=quiet)
