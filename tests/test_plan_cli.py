@@ -64,7 +64,7 @@ def test_a_tiny_model_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "x 2 stage(s)" in shown
     assert "core-hours" in shown
     assert sorted(tmp_path.iterdir()) == [model, config]
-    assert main(["plan", str(config), "--generate.capture", "true"]) == 0
+    assert main(["plan", str(config), "--generate.capture"]) == 0
     shown = capsys.readouterr().out
     assert "nothing: activations are captured while generating" in shown
     assert "for extraction" not in shown
