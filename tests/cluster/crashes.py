@@ -34,15 +34,15 @@ from tests.models import tiny_checkpoint
 CONFIG = """
 model: {{id: {model}, dtype: float32}}
 personas: {{only: [pirate, ghost, teacher], prompts: 5, max_questions: {questions}}}
-generate: {{max_new_tokens: 8, batch_rows: {batch_rows}}}
+generate: {{max_new_tokens: {tokens}, batch_rows: {batch_rows}}}
 extract: {{micro_batch_tokens: 2048, window_rows: 64}}
 store: {{root: {root}, run: {run}, unit_rows: 8, layer_group: 1}}
 cluster: {{stages: 2}}
 """
 Step = Literal["extract", "generate"]
 SIZES: Mapping[Step, Mapping[str, int]] = {
-    "extract": {"questions": 48, "batch_rows": 480},
-    "generate": {"questions": 48, "batch_rows": 40},
+    "extract": {"questions": 48, "tokens": 8, "batch_rows": 480},
+    "generate": {"questions": 48, "tokens": 100, "batch_rows": 40},
 }
 ARRAYS: Mapping[Step, str] = {"extract": RESID_POST_MEAN, "generate": ROLLOUTS}
 """What a step commits, by its name in records."""
