@@ -51,16 +51,16 @@ ARRAYS: Mapping[Step, str] = {"extract": RESID_POST_MEAN, "generate": ROLLOUTS}
 SITECUSTOMIZE = """
 import os
 if os.environ.get("CRASH_AT_RECORD"):
-    import json, signal
+    import signal
     import personaspace.store.commit as commit
+    from personaspace.store.lease import read_holder
     publish_record, calls = commit._publish_record, 0
 
     def crash(fence, record):
         global calls
         calls += record.array == os.environ["CRASH_ARRAY"]
         if calls == int(os.environ["CRASH_AT_RECORD"]):
-            holder = json.loads(fence.folder.get("lease.json"))
-            os.kill(holder["pid"], signal.SIGKILL)
+            os.kill(read_holder(fence.folder).pid, signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
         return publish_record(fence, record)
 

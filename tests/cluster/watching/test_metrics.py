@@ -41,15 +41,15 @@ def exported(address: str) -> dict[str, float]:
             tally.report(event)
             metrics.report(event, tally)
         deadline = time.monotonic() + PATIENCE
-        while set(found := _counters()) != set(COUNTED) and time.monotonic() < deadline:
+        while set(_counters()) != set(COUNTED) and time.monotonic() < deadline:
             time.sleep(1)
         time.sleep(RAY_INTERVAL)
-        return _counters() or found
+        return _counters()
 
 
 def _counters() -> dict[str, float]:
-    lines = [line for line in scrape() if 'run="counted"' in line]
-    return {line.partition("{")[0]: float(line.split()[-1]) for line in lines if line.partition("{")[0] in COUNTED}
+    values = {line.partition("{")[0]: float(line.split()[-1]) for line in scrape() if 'run="counted"' in line}
+    return {name: value for name, value in values.items() if name in COUNTED}
 
 
 def test_each_event_is_counted_once(ray_head: str) -> None:

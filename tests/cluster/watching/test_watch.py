@@ -58,7 +58,7 @@ def test_a_watched_job_is_seen_from_everywhere(
     [loss] = [event for event in events if isinstance(event, ReplicaLost)]
     assert sum(event.rows for event in events if isinstance(event, Progressed)) == 16 + 16 + loss.rollouts
 
-    # Ray's own endpoint; what it counts is in test_metrics.py.
+    # Ray's own endpoint.
     deadline = time.monotonic() + PATIENCE
     while (found := series(scrape())) != set(EXPORTED) and time.monotonic() < deadline:
         time.sleep(1)
@@ -70,6 +70,9 @@ def test_a_watched_job_is_seen_from_everywhere(
     assert all(
         f'{tag}="{value}"' in lost for tag, value in {"run": "watched", "model": "model", "step": "extract"}.items()
     )
+    [rollouts] = [line for line in lines if line.startswith("ray_personaspace_rollouts_total{") and "extract" in line]
+    # No less; exactly so only from a process that joins its cluster once (test_metrics.py).
+    assert float(rollouts.split()[-1]) >= 16 + loss.rollouts
     stages = {re.search(r'stage="(\d)"', line)[1] for line in lines if "busy_seconds" in line and "forward" in line}  # type: ignore[index]
     assert stages == {"0", "1"}
 
