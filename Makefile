@@ -7,7 +7,10 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 VLLM_VENV ?= .venv-vllm
 VLLM_CONSTRAINTS ?= constraints-vllm.txt
+# Processes that share the tests, file by file; a Ray cluster in each.
+JOBS ?= 2
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint $(CONSTRAINTS)
 
@@ -37,10 +40,10 @@ demo: $(VENV)/.demo ## run the main job on SmolLM2-135M; the report lands in run
 	@echo "Open runs/demo/report.html in a browser."
 
 test: $(VENV)/.dev ## run the tests, without those marked slow
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: $(VENV)/.dev ## run every test that this machine can
-	$(BIN)/pytest
+	$(PYTEST)
 
 # An environment of its own: vLLM wants an older transformers. The three packages that go again are builds for CUDA,
 # which can't be loaded beside torch for CPUs, and text needs none of them.

@@ -14,9 +14,10 @@ def place() -> Iterator[Laboratory]:
         yield place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["node killed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("store read-only 5 s", "driver killed"))],
+    ["node killed", "store read-only 5 s", "driver killed"],
 )
 def test_a_disturbed_extraction_ends_as_an_undisturbed_one(place: Laboratory, name: str) -> None:
     random.seed(0)

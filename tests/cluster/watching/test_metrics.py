@@ -7,6 +7,8 @@ import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
 
+import pytest
+
 from personaspace.cluster.config import ClusterConfig
 from personaspace.cluster.events import Busy, Event, Progressed, ReplicaLost, StepStarted, Worked
 from personaspace.cluster.session import ray_cluster
@@ -52,6 +54,7 @@ def _counters() -> dict[str, float]:
     return {name: value for name, value in values.items() if name in COUNTED}
 
 
+@pytest.mark.slow
 def test_each_event_is_counted_once(ray_head: str) -> None:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processes:
         assert processes.submit(exported, ray_head).result() == COUNTED
