@@ -1,6 +1,5 @@
 """A Ray cluster of this folder's own: started once, joined and left again by the drivers of its tests."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -14,12 +13,9 @@ from personaspace.cluster.session import ray_cluster
 @pytest.fixture(scope="package")
 def ray_head() -> Iterator[str]:
     """Address of a cluster of one node with two CPUs."""
-    with pytest.MonkeyPatch.context() as environment:
-        # A local cluster that a test starts beside it would make this process ask for a token that this one lacks.
-        environment.setenv("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE", "disabled"))
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
-        yield cluster.address
-        cluster.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    yield cluster.address
+    cluster.shutdown()
 
 
 @pytest.fixture(scope="module")

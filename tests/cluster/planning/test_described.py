@@ -12,9 +12,8 @@ from personaspace.store.errors import InputError
 
 
 @pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+def start() -> Iterator[Callable[..., None]]:
     """Starts a cluster of the nodes given, and connects to it."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     clusters: list[Cluster] = []
 
     def make(*nodes: dict[str, Any]) -> None:
