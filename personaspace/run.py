@@ -42,6 +42,8 @@ def carry_out(config: RunConfig, steps: Sequence[str]) -> None:
 
     `judge` is left out where the config names none.
     """
+    if config.judge.model is None:
+        steps = [step for step in steps if step != "judge"]
     with orderly_end():
         job = _prepare(config)
         if len(steps) > 1 and all(role.kind == SCENARIO for role in job.plan.roles):
@@ -50,7 +52,7 @@ def carry_out(config: RunConfig, steps: Sequence[str]) -> None:
         if "fit" in steps:
             spec = fitted_array(config.analysis, job.manifest.arrays)
             target_layer(config.analysis, spec.wanted_layers(job.layout))
-        if "judge" in steps and config.judge.model is not None:
+        if "judge" in steps:
             check_judge_config(config.judge)
         print(f"run {job.folder.url}  (identity {job.manifest.identity_hash}, {job.layout.rows} rollouts)", flush=True)
         if {"generate", "extract"} & set(steps):
@@ -68,7 +70,7 @@ def carry_out(config: RunConfig, steps: Sequence[str]) -> None:
                         watch.report(Note(text=line))
                 if "extract" in steps:
                     extract(job, fence, config.cluster, report)
-        if "judge" in steps and config.judge.model is not None:
+        if "judge" in steps:
             options = JudgeOptions(lease_timeout=config.store.lease_timeout, patience=config.store.patience)
             judge_run(job.folder, config.judge, options, cluster=config.cluster)
         if "fit" in steps:
