@@ -1,6 +1,8 @@
 """The command line: `personaspace run CONFIG`, each step alone, `preview`, `status`, `quality`, `store`, ..."""
 
 import argparse
+import os
+import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,38 +49,60 @@ A command that was interrupted is repeated to resume. Exit codes: 0 done, 1 fail
 budget has ended, 130 interrupted."""
 
 
+READER_LEFT = 128 + 13  # what a shell reports for SIGPIPE
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Errors for the user are one message, without a traceback."""
     parsed, flags = _parser().parse_known_args(arguments)
     try:
-        if parsed.command == "store":
-            return run_store(parsed, flags)
-        if parsed.command == "personas":
-            return run_personas(parsed, flags)
-        if parsed.command in JUDGING:
-            return run_judging(parsed, flags)
-        if parsed.command == "quality":
-            return run_quality(parsed, flags)
-        if parsed.command == "plan":
-            run_plan(parsed, flags)
-            return 0
-        if parsed.command == "new":
-            run_new(parsed, flags)
-            return 0
-        if parsed.command == "preview":
-            return _preview(parsed, flags)
-        if parsed.command in ("status", "timeline"):
-            if flags:
-                raise InputError(f"{parsed.command}: unknown argument {flags[0]}.")
-            if parsed.command == "status":
-                return status(parsed.target, watch=parsed.watch)
-            return timeline(parsed.target, session=parsed.session, save=parsed.save, page=parsed.html)
-        if parsed.help:
-            print_flags(f"personaspace {parsed.command} CONFIG")
-        return _carry_out(parsed, flags)
+        exit_code = _dispatch(parsed, flags)
+        sys.stdout.flush()
+        return exit_code
     except PersonaspaceError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        # What is still buffered goes nowhere, or Python complains about it as it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_LEFT
+
+
+def _dispatch(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
+    if parsed.command == "store":
+        return run_store(parsed, flags)
+    if parsed.command == "personas":
+        return run_personas(parsed, flags)
+    if parsed.command in JUDGING:
+        return run_judging(parsed, flags)
+    if parsed.command == "quality":
+        return run_quality(parsed, flags)
+    if parsed.command == "plan":
+        run_plan(parsed, flags)
+        return 0
+    if parsed.command == "new":
+        run_new(parsed, flags)
+        return 0
+    if parsed.command == "preview":
+        return _preview(parsed, flags)
+    if parsed.command in ("status", "timeline"):
+        if flags:
+            raise InputError(f"{parsed.command}: unknown argument {flags[0]}.")
+        if parsed.command == "status":
+            return status(parsed.target, watch=parsed.watch)
+        return timeline(parsed.target, session=parsed.session, save=parsed.save, page=parsed.html)
+    if parsed.help:
+        print_flags(f"personaspace {parsed.command} CONFIG")
+    return _carry_out(parsed, flags)
+
+
+def _reader_left() -> bool:
+    """Whether the program that stdout is piped into has ended, as ``| head`` does when it has seen enough."""
+    stdout = select.poll()
+    stdout.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in stdout.poll(0))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,13 +1,15 @@
 """The command line: the whole job on a tiny model with real Ray, and every bad input with its message and code."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xarray as xr
 
-from personaspace.cli import main
+from personaspace.cli import READER_LEFT, main
 from personaspace.store import open_run
 from personaspace.store.local import LocalFolder
 from personaspace.store.rollouts import read_rollouts
@@ -220,3 +222,14 @@ def test_help_lists_commands_and_every_setting(capsys: pytest.CaptureFixture[str
         "--cluster.stages",
     ):
         assert flag in text
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """What `personaspace personas show ghost | head -1` does: the reader leaves while the command still writes."""
+    command = [sys.executable, "-m", "personaspace", "personas", "show", "ghost"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as showing:
+        assert showing.stdout is not None
+        assert showing.stderr is not None
+        showing.stdout.close()
+        assert showing.stderr.read() == b""
+    assert showing.returncode == READER_LEFT
