@@ -1,93 +1,75 @@
-"""Means per (role, question) cell: the one pass over the activations that role vectors and evidence rest on.
+"""Sums per (group, question) cell: what role vectors, and all resampling of roles and questions, are made from.
 
-Shape suffixes: R roles, Q questions, C cells (R x Q), D hidden, N rollouts.
+A group is a role at one level of its score, `default`, or a pole of a trait. Shape suffixes: N rows of a block, C
+cells, V vectors, D hidden.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import dask.array as da
-import flox
 import numpy as np
-import xarray as xr
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 
-from personaspace.store.errors import InputError
-from personaspace.store.schema import STATUS
+NO_CELL = -1
+"""Cell of a row that belongs to no group."""
+STRIP = 1024
+"""Dimensions that are summed at a time."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Cells:
-    """One layer's mean activation of each role's answers to each question."""
+    """One layer's sums of each cell's rollouts, about a fixed point, so that float32 keeps their digits."""
 
-    mean_RQD: NDArray[np.float64]
-    """NaN where a cell has no rollout."""
-    count_RQ: NDArray[np.int64]
-    """Rollouts in each mean."""
+    shift_D: NDArray[np.float32]
+    """The fixed point: near the mean, subtracted from every rollout before it is added."""
+    sum_CD: NDArray[np.float32]
+    """Sums of ``x - shift``."""
+    count_C: NDArray[np.int64]
+    """Rollouts in each sum."""
 
-    def roles(self, chosen: list[int]) -> "Cells":
-        """The cells of some roles."""
-        return Cells(mean_RQD=self.mean_RQD[chosen], count_RQ=self.count_RQ[chosen])
-
-    def questions(self, chosen: NDArray[np.intp]) -> "Cells":
-        """The cells of some questions."""
-        return Cells(mean_RQD=self.mean_RQD[:, chosen], count_RQ=self.count_RQ[:, chosen])
-
-    def role_means(self) -> NDArray[np.float64]:
-        """Mean over each role's rollouts, every rollout counting the same: ``(R, D)``."""
-        weight_RQ = self.count_RQ / np.maximum(self.count_RQ.sum(1, keepdims=True), 1)
-        mean_RD: NDArray[np.float64] = np.einsum("rq,rqd->rd", weight_RQ, np.nan_to_num(self.mean_RQD))
-        return mean_RD
-
-
-LEFT_OUT = "left_out"
-"""Coordinate of rows that are not to be used although nothing is wrong with their activations."""
-
-
-def usable_rows(run: xr.Dataset) -> NDArray[np.intp]:
-    """Rows with status ok that are not left out. Raises InputError if there is none."""
-    ok = run["status"].values == STATUS.index("ok")
-    rows = np.flatnonzero(ok & ~run[LEFT_OUT].values if LEFT_OUT in run.coords else ok)
-    if not ok.any():
-        raise InputError(f"{run.attrs['run']}: no extracted rollouts yet; run `extract` first.")
-    if not len(rows):
-        raise InputError(
-            f"analysis.leave_out: leaves none of the {ok.sum()} extracted rollouts; `personaspace quality "
-            f"{run.attrs['run']}` shows which flaw they have."
+    @classmethod
+    def empty(cls, cells: int, shift_D: NDArray[np.float32]) -> "Cells":
+        return cls(
+            shift_D=shift_D,
+            sum_CD=np.zeros((cells, len(shift_D)), dtype=np.float32),
+            count_C=np.zeros(cells, dtype=np.int64),
         )
-    return rows
+
+    def add(self, x_ND: NDArray[np.float32], cell_N: NDArray[np.intp]) -> None:
+        """Add a block of rollouts. Rows of ``NO_CELL`` are passed over."""
+        rows = np.flatnonzero(cell_N != NO_CELL)
+        found, place = np.unique(cell_N[rows], return_inverse=True)
+        dealing = csr_array((np.ones(len(rows), dtype=np.float32), (place, rows)), shape=(len(found), len(cell_N)))
+        self.sum_CD[found] += dealing @ (x_ND - self.shift_D)
+        self.count_C[found] += np.bincount(place, minlength=len(found))
+
+    def merge(self, other: "Cells") -> None:
+        """Add what another part of the rows gave; its fixed point may be another."""
+        moved_D = other.shift_D.astype(np.float64) - self.shift_D
+        self.sum_CD += other.sum_CD + np.outer(other.count_C, moved_D)
+        self.count_C += other.count_C
+
+    def vectors(self, weight_VC: csr_array) -> tuple[NDArray[np.floating], NDArray[np.float64]]:
+        """Weighted means ``(V, D)`` about the fixed point, and the rollouts in each ``(V,)``; NaN where there is none.
+
+        A weight of 2 counts each rollout of a cell twice. Sums run in the weights' dtype: float32, or float64.
+        """
+        count_V = weight_VC @ self.count_C.astype(np.float64)
+        vector_VD = np.empty((len(count_V), len(self.shift_D)), dtype=weight_VC.dtype)
+        # In strips, since scipy makes a copy of what it multiplies in the wider of the two dtypes.
+        for start in range(0, len(self.shift_D), STRIP):
+            vector_VD[:, start : start + STRIP] = weight_VC @ self.sum_CD[:, start : start + STRIP]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            vector_VD /= count_V[:, None].astype(vector_VD.dtype)
+        return vector_VD, count_V
 
 
-def cell_of_row(run: xr.Dataset, questions: int) -> NDArray[np.intp]:
-    """Cell of each row on the rollout axis, ``role_id * questions + question``; -1 for rows that are not usable."""
-    cell_N = np.full(run.sizes["rollout"], -1, dtype=np.intp)
-    rows = usable_rows(run)
-    cell_N[rows] = run["role_id"].values[rows] * questions + run["question"].values[rows]
-    return cell_N
+def selection(cells: Sequence[NDArray[np.intp]], total: int, dtype: type[np.floating] = np.float64) -> csr_array:
+    """Weights ``(V, total)``: vector v is the mean over the rollouts of ``cells[v]``.
 
-
-def lazy_cell_sums(array: xr.DataArray, cell_N: NDArray[np.intp], cells: int) -> list[da.Array]:
-    """For each layer of an array ``(rollout, layer, hidden)``, sums ``(D, C)`` float64 over the rows of each cell.
-
-    Dask arrays over the stored shards.
+    A cell named twice counts twice.
     """
-    x_NLD = array.data
-    return [
-        flox.groupby_reduce(
-            x_NLD[:, layer, :].astype(np.float64).T,
-            cell_N,
-            func="sum",
-            expected_groups=np.arange(cells),
-            fill_value=0.0,
-        )[0]
-        for layer in range(x_NLD.shape[1])
-    ]
-
-
-def cells_from_sums(sum_DC: NDArray[np.float64], cell_N: NDArray[np.intp], roles: int, questions: int) -> Cells:
-    """Cells of one layer from its sums."""
-    count_C = np.bincount(cell_N[cell_N >= 0], minlength=roles * questions)
-    with np.errstate(invalid="ignore"):
-        mean_CD = np.where(count_C[:, None] > 0, sum_DC.T / np.maximum(count_C, 1)[:, None], np.nan)
-    return Cells(
-        mean_RQD=mean_CD.reshape(roles, questions, -1), count_RQ=count_C.reshape(roles, questions).astype(np.int64)
-    )
+    indptr = np.concatenate([[0], np.cumsum([len(chosen) for chosen in cells])])
+    indices = np.concatenate([*cells, np.empty(0, dtype=np.intp)])
+    return csr_array((np.ones(len(indices), dtype=dtype), indices, indptr), shape=(len(cells), total))

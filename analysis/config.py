@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 from personaspace.analysis.quality.flaws import FlawName
 
@@ -18,14 +18,26 @@ class AnalysisConfig:
     """Layer that the report opens with, 0-based. Default: the middle of the model, as in the paper."""
     components: Annotated[int, Ge(3)] = 10
     """Principal components kept per layer."""
+    standardise: bool = False
+    """Divide each dimension by its standard deviation over the roles before the PCA of the role vectors."""
     permutations: Annotated[int, Ge(20)] = 500
     """Draws of the nulls, which permute the roles within each question."""
+    bootstrap: Annotated[int, Ge(20)] = 200
+    """Draws of the intervals, which draw roles, or questions, anew."""
     seed: int = 0
-    """Seed of those draws."""
+    """Seed of all draws."""
     positive_kind: str = "professional"
     """Kind of roles that should lie nearer to the Assistant, for the ROC AUC."""
     negative_kind: str = "fantastical"
     """Kind of roles that should lie farther away."""
+    scores: str | None = None
+    """Judge whose scores decide which rollouts count for their role. Default: the only one, if there is one."""
+    unfiltered: bool = False
+    """Take every rollout for its role, whatever its score."""
+    min_count: Annotated[int, Ge(1)] | None = None
+    """Rollouts that a role vector needs. Default: 50 of 1,200 as in the reference project, fewer in smaller runs."""
+    memory: Annotated[float, Gt(0)] | None = None
+    """GB (1e9 bytes) for all layers in flight together. Default: half of what is free."""
     leave_out: tuple[FlawName, ...] = ()
     """Rollouts that the fit leaves out, by flaw, such as `[refused, looping]` (`personaspace quality RUN` lists them).
     Default: none, whatever their flaws."""

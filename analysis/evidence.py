@@ -1,157 +1,250 @@
-"""Is the axis real? Held-out tests of one layer, each beside what chance gives at this size.
+"""Is the axis real, and how sure is it? Measures of one layer, beside what chance gives, with bootstrap intervals.
 
-The null permutes the roles within each question: the mean over roles, and with it the axis, stays as it is,
-while every role loses its identity. Shape suffixes: R roles without default, Q questions, D hidden,
-P permutations.
+Held out by question: the axis is fitted on every other question and the roles are placed by the rest, both ways round.
+The null permutes the roles within each question, so that every role loses its identity while questions, and the mean
+over roles, stay. Intervals are 95% basic bootstraps, over roles and over questions; the axis is fitted anew in each
+draw. (Basic, not percentile: a draw has the noise of the sample twice, so its cosine lies below that of the sample; in
+tests with a known truth percentile intervals of the cosine never held it.) Shape suffixes: R roles without default, V
+= R + 1 vectors, H = 2 V vectors of the two halves, Q questions, C cells, P draws.
 """
 
-from collections.abc import Sequence
+import math
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh
 from scipy.sparse import csr_array
 from scipy.stats import beta, rankdata
 
 from personaspace.analysis.cells import Cells
 from personaspace.analysis.config import AnalysisConfig
-from personaspace.analysis.space import PersonaSpace
+from personaspace.analysis.gram import Floats, axis_geometry, held_out_positions
 
 QUANTILE = 0.99
 """Of the nulls."""
+LEVEL = 0.95
+"""Of the intervals."""
+RANGES = {"cos_axis_pc1": (0.0, 1.0), "kind_auc": (0.0, 1.0), "rank_correlation": (-1.0, 1.0)}
+"""What each measure can be."""
+RESAMPLED = ("roles", "questions")
+"""What the bootstrap draws anew."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measures:
+    """What is measured of one set of cells; NaN where it can't be."""
+
+    cos_axis_pc1: float
+    """abs(cosine) of the axis and the first principal component of the role vectors."""
+    kind_auc: float
+    """ROC AUC of one kind of roles against another, placed on an axis that never saw their questions."""
+    rank_correlation: float
+    """Spearman correlation of the roles' ranking between two halves of the questions: split-half reliability."""
+    position_R: Floats
+    """Position of every role, by all questions: the mean role at 0, `default` at 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evidence:
-    """Measures of one layer and the 99th percentile of their nulls; NaN where they can't be computed."""
+    """The measures of one layer, their nulls and intervals."""
 
-    cos_axis_pc1: float
-    """abs(cosine) of the axis and the first principal component of the role vectors."""
-    cos_null_p99: float
+    observed: Measures
+    null_p99: Measures
+    """99th percentile of each measure where roles are permuted; of the positions too."""
     cos_random_p99: float
-    """The same for two random directions of the hidden space."""
-    auc: float
-    """ROC AUC of one kind of roles against another, placed on an axis that never saw their questions."""
-    auc_null_p99: float
-    rank_correlation: float
-    """Spearman correlation of the roles' ranking between two halves of the questions."""
-    rank_correlation_null_p99: float
+    """What |cosine| two random directions of the hidden space reach: 99th percentile."""
+    intervals: dict[str, tuple[Measures, Measures]]
+    """Low and high end by what was resampled: `roles`, `questions`."""
 
 
-def gather_evidence(
-    space: PersonaSpace, default: Cells, roles: Cells, kinds: Sequence[str], config: AnalysisConfig
-) -> Evidence:
-    """Put the axis of one layer to the test. ``default`` holds one role, ``roles`` the others, with their ``kinds``.
+def gather_evidence(cells: Cells, roles: int, questions: int, kinds: Sequence[str], config: AnalysisConfig) -> Evidence:
+    """Put the axis of one layer to the test.
 
-    Held out by question: the axis is fitted on every other question and the roles are placed by the rest, both
-    ways, and the two results are averaged.
+    The first ``(1 + roles) * questions`` cells are those of `default` and of the roles that the axis rests on, in that
+    order; ``kinds``: of these roles.
     """
-    permutations, generator = config.permutations, np.random.default_rng(config.seed)
-    auc = auc_null = rank = rank_null = float("nan")
-    halves = _halves(default, roles)
-    if halves is not None:
-        # Each answer's place on the axis of the other half is computed once; the null only deals them out anew.
-        places = [_place(default, roles, fit, held_out) for fit, held_out in (halves, halves[::-1])]
-        observed = np.stack([np.nanmean(place_RQ, axis=1) for place_RQ in places])
-        null = np.stack([_permuted_positions(place_RQ, permutations, generator) for place_RQ in places])
-        rank = float(_spearman(observed[0], observed[1]))
-        rank_null = float(np.quantile(_spearman(null[0], null[1]), QUANTILE))
-        is_positive = np.array([kind == config.positive_kind for kind in kinds])
-        is_negative = np.array([kind == config.negative_kind for kind in kinds])
-        if is_positive.any() and is_negative.any():
-            auc = float(_auc(observed, is_positive, is_negative).mean())
-            auc_null = float(np.quantile(_auc(null, is_positive, is_negative).mean(axis=0), QUANTILE))
+    generator = np.random.default_rng(config.seed)
+    count_VQ = cells.count_C[: (1 + roles) * questions].reshape(1 + roles, questions)
+    design = Design(count_VQ=count_VQ, kinds=tuple(kinds), config=config)
+    observed_HH, rollouts_H = design.gram(cells, design.weights(), np.float64)
+    observed = design.measure(observed_HH, rollouts_H)
+    null = [
+        design.measure(*design.gram(cells, weights, np.float32))
+        for weights in design.permuted(generator, config.permutations)
+    ]
+    by_question = [
+        design.measure(*design.gram(cells, weights, np.float32))
+        for weights in design.resampled(generator, config.bootstrap)
+    ]
+    by_role = [
+        design.measure(observed_HH, rollouts_H, generator.integers(roles, size=roles)) for _ in range(config.bootstrap)
+    ]
     return Evidence(
-        cos_axis_pc1=float(abs(_cosine(space.axis_D, space.component_KD[0]))),
-        cos_null_p99=float(np.quantile(_cosine_null(space.axis_D, roles, permutations, generator), QUANTILE)),
+        observed=observed,
+        null_p99=_quantiles(null),
         # The squared cosine of random directions in D dimensions is Beta(1/2, (D-1)/2).
-        cos_random_p99=float(np.sqrt(beta.ppf(QUANTILE, 0.5, (len(space.axis_D) - 1) / 2))),
-        auc=auc,
-        auc_null_p99=auc_null,
-        rank_correlation=rank,
-        rank_correlation_null_p99=rank_null,
+        cos_random_p99=float(np.sqrt(beta.ppf(QUANTILE, 0.5, (len(cells.shift_D) - 1) / 2))),
+        intervals={
+            "roles": _intervals(observed, by_role, roles),
+            # Questions are drawn within their half.
+            "questions": _intervals(observed, by_question, questions // 2),
+        },
     )
 
 
-def _halves(default: Cells, roles: Cells) -> tuple[NDArray[np.intp], NDArray[np.intp]] | None:
-    """Every other question; None if default or a role has nothing in one of the halves."""
-    asked = np.flatnonzero((default.count_RQ > 0).all(axis=0) & (roles.count_RQ > 0).any(axis=0))
-    first, second = asked[0::2], asked[1::2]
-    if len(second) < 2 or any((roles.count_RQ[:, half] == 0).all(axis=1).any() for half in (first, second)):
-        return None
-    return first, second
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Design:
+    """Which cells there are, and how they are put together anew."""
+
+    count_VQ: NDArray[np.int64]
+    """Rollouts of `default` and each role, by question."""
+    kinds: tuple[str, ...]
+    config: AnalysisConfig
+
+    def weights(self, times_Q: NDArray[np.integer] | None = None) -> csr_array:
+        """Weights ``(H, C)`` of the vectors of both halves; ``times_Q``: how often each question was drawn."""
+        vectors, questions = self.count_VQ.shape
+        times = np.ones(questions) if times_Q is None else times_Q
+        return self._deal(np.tile(np.arange(vectors)[:, None], questions), np.tile(times, (vectors, 1)))
+
+    def permuted(self, generator: np.random.Generator, draws: int) -> Iterator[csr_array]:
+        """Weights where the roles that answered a question have dealt their answers out anew."""
+        vectors, questions = self.count_VQ.shape
+        present_RQ = self.count_VQ[1:] > 0
+        times = np.ones(self.count_VQ.shape)
+        for _ in range(draws):
+            key_RQ = generator.random(present_RQ.shape)
+            taker_VQ = np.tile(np.arange(vectors)[:, None], questions)
+            # Among the roles that are there, the one with the n-th smallest key takes the answer of the n-th role.
+            order_RQ = np.argsort(np.where(present_RQ, key_RQ, 2.0), axis=0)
+            place_RQ = np.cumsum(present_RQ, axis=0) - 1
+            dealt_RQ = 1 + np.take_along_axis(order_RQ, np.maximum(place_RQ, 0), axis=0)
+            taker_VQ[1:][present_RQ] = dealt_RQ[present_RQ]
+            yield self._deal(taker_VQ, times)
+
+    def resampled(self, generator: np.random.Generator, draws: int) -> Iterator[csr_array]:
+        """Weights where the questions of each half are drawn with replacement."""
+        questions = self.count_VQ.shape[1]
+        halves = self._halves()
+        for _ in range(draws):
+            times_Q = np.zeros(questions, dtype=np.int64)
+            for half in (half for half in halves if len(half)):
+                times_Q += np.bincount(generator.choice(half, size=len(half)), minlength=questions)
+            yield self.weights(times_Q)
+
+    def gram(self, cells: Cells, weights: csr_array, dtype: type[np.floating]) -> tuple[Floats, Floats]:
+        """Gram matrix ``(H, H)`` of the halves' vectors, and the rollouts in each ``(H,)``."""
+        vector_HD, rollouts_H = cells.vectors(weights.astype(dtype))
+        vector_HD = np.nan_to_num(vector_HD, copy=False)
+        return (vector_HD @ vector_HD.T).astype(np.float64), rollouts_H
+
+    def measure(self, gram_HH: Floats, rollouts_H: Floats, drawn_R: NDArray[np.intp] | None = None) -> Measures:
+        """The measures of the halves' vectors. ``drawn_R``: roles drawn with replacement."""
+        vectors = len(self.count_VQ)
+        rollouts_2V = rollouts_H.reshape(2, vectors)
+        total_V = rollouts_2V.sum(axis=0)
+        present = 1 + np.flatnonzero(total_V[1:] > 0)
+        drawn = present - 1 if drawn_R is None else drawn_R
+        if not total_V[0] or len(np.unique(drawn)) < 2:
+            nothing = np.full(vectors - 1, math.nan)
+            return Measures(cos_axis_pc1=math.nan, kind_auc=math.nan, rank_correlation=math.nan, position_R=nothing)
+        # A vector over all questions is the mean of its halves by their rollouts.
+        share_2V = rollouts_2V / np.maximum(total_V, 1)
+        joint_VH = np.concatenate([np.diag(share_V) for share_V in share_2V], axis=1)
+        geometry = axis_geometry(joint_VH @ gram_HH @ joint_VH.T, drawn)
+        auc = rank = math.nan
+        if (rollouts_H > 0).all():
+            halves = (slice(0, vectors), slice(vectors, None))
+            placed = np.stack(
+                [
+                    held_out_positions(gram_HH[held, fit], gram_HH[fit, fit], drawn)[drawn]
+                    for fit, held in (halves, halves[::-1])
+                ]
+            )
+            rank = float(spearman(placed[0], placed[1]))
+            kind = np.array(self.kinds)[drawn]
+            positive, negative = kind == self.config.positive_kind, kind == self.config.negative_kind
+            if positive.any() and negative.any():
+                auc = float(rank_auc(placed, positive, negative).mean())
+        return Measures(
+            cos_axis_pc1=geometry.cos_axis_pc1,
+            kind_auc=auc,
+            rank_correlation=rank,
+            position_R=np.where(total_V[1:] > 0, geometry.position_R, np.nan),
+        )
+
+    def _halves(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Every other question that `default` and some role answered, and the rest."""
+        asked = np.flatnonzero((self.count_VQ[0] > 0) & (self.count_VQ[1:] > 0).any(axis=0))
+        other = np.setdiff1d(np.arange(self.count_VQ.shape[1]), asked)
+        first, second = asked[0::2], asked[1::2]
+        if len(second) < 2:
+            return np.arange(self.count_VQ.shape[1]), np.empty(0, dtype=np.intp)
+        # Questions that say nothing of the axis still belong to the roles' vectors.
+        return np.sort(np.concatenate([first, other[0::2]])), np.sort(np.concatenate([second, other[1::2]]))
+
+    def _deal(self, taker_VQ: NDArray[np.integer], times_VQ: Floats) -> csr_array:
+        """Weights ``(H, C)`` that give the answers of cell (v, q) to vector ``taker_VQ[v, q]`` of q's half."""
+        vectors, questions = self.count_VQ.shape
+        half_Q = np.zeros(questions, dtype=np.int64)
+        half_Q[self._halves()[1]] = 1
+        row_VQ = taker_VQ + half_Q * vectors
+        used = (self.count_VQ > 0) & (times_VQ > 0)
+        cell_VQ = np.arange(vectors * questions).reshape(vectors, questions)
+        shape = (2 * vectors, vectors * questions)
+        return csr_array((times_VQ[used].astype(np.float64), (row_VQ[used], cell_VQ[used])), shape=shape)
 
 
-def _place(default: Cells, roles: Cells, fit: NDArray[np.intp], held_out: NDArray[np.intp]) -> NDArray[np.float64]:
-    """Projection ``(R, Q/2)`` of the held-out cells on the axis of the other questions; NaN for empty cells."""
-    axis_D = default.questions(fit).role_means()[0] - roles.questions(fit).role_means().mean(axis=0)
-    place_RQ: NDArray[np.float64] = roles.questions(held_out).mean_RQD @ axis_D
-    return place_RQ
+def basic_interval(observed: Floats, draws: Floats, items: int) -> tuple[Floats, Floats]:
+    """Basic bootstrap interval: the draws' distances from the observed value, turned round. Axis 0: draws.
+
+    Draws from n items have (n - 1) / n of the variance that is meant, which is put right. Draws without a value (NaN)
+    are left out.
+    """
+    tail = (1 - LEVEL) / 2
+    distance = (draws - observed) * math.sqrt(items / max(1, items - 1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="All-NaN slice")
+        low, high = np.nanquantile(distance, [tail, 1 - tail], axis=0)
+    return observed - high, observed - low
 
 
-def _permutations(roles: int, questions: int, draws: int, generator: np.random.Generator) -> NDArray[np.intp]:
-    """``(P, R, Q)``: which role's answer each role is dealt, shuffled within each question."""
-    return np.argsort(generator.random((draws, roles, questions)), axis=1)
+def _intervals(observed: Measures, draws: Sequence[Measures], items: int) -> tuple[Measures, Measures]:
+    ends: tuple[dict[str, Floats], dict[str, Floats]] = ({}, {})
+    for name in (*RANGES, "position_R"):
+        values = np.array([getattr(draw, name) for draw in draws])
+        found = basic_interval(np.asarray(getattr(observed, name)), values, items)
+        for end, value in zip(ends, found, strict=True):
+            end[name] = np.clip(value, *RANGES[name]) if name in RANGES else value
+    low, high = (Measures(**end) for end in ends)  # type: ignore[arg-type]
+    return low, high
 
 
-def _permuted_positions(
-    place_RQ: NDArray[np.float64], permutations: int, generator: np.random.Generator
-) -> NDArray[np.float64]:
-    """Role positions ``(P, R)`` after permuting the roles within each question."""
-    roles, questions = place_RQ.shape
-    dealt_PRQ = _permutations(roles, questions, permutations, generator)
-    positions_PR: NDArray[np.float64] = np.nanmean(np.take_along_axis(place_RQ[None], dealt_PRQ, axis=1), axis=2)
-    return positions_PR
+def _quantiles(draws: Sequence[Measures]) -> Measures:
+    """The quantile of each measure's null, over the draws that have it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="All-NaN slice")
+        found = {
+            name: np.nanquantile([getattr(draw, name) for draw in draws], QUANTILE, axis=0)
+            for name in (*RANGES, "position_R")
+        }
+    return Measures(**found)
 
 
-def _cosine_null(
-    axis_D: NDArray[np.float64], roles: Cells, permutations: int, generator: np.random.Generator
-) -> NDArray[np.float64]:
-    """abs(cosine) of the axis with PC1 of permuted role means ``(P,)``."""
-    cells_CD = _filled(roles)
-    count, questions = roles.count_RQ.shape
-    cosines = np.empty(permutations)
-    for draw in range(permutations):
-        dealt_RQ = _permutations(count, questions, 1, generator)[0]
-        # One sparse product deals out and averages, without ever copying the cells.
-        columns = (dealt_RQ * questions + np.arange(questions)).ravel()
-        dealing = csr_array((np.full(columns.size, 1 / questions), columns, np.arange(count + 1) * questions))
-        role_RD = dealing @ cells_CD
-        centred_RD = role_RD - role_RD.mean(axis=0)
-        # PC1 by the small Gram matrix of the roles, of which only the last eigenvector is wanted.
-        _, vector_R1 = eigh(centred_RD @ centred_RD.T, subset_by_index=[count - 1, count - 1])
-        cosines[draw] = abs(_cosine(axis_D, vector_R1[:, 0] @ centred_RD))
-    return cosines
-
-
-def _filled(roles: Cells) -> NDArray[np.float64]:
-    """Cells ``(C, D)`` with empty ones replaced by their question's mean, which adds nothing to any role."""
-    present_RQ = roles.count_RQ > 0
-    mean_QD = np.nansum(roles.mean_RQD, axis=0) / np.maximum(present_RQ.sum(axis=0), 1)[:, None]
-    filled: NDArray[np.float64] = np.where(present_RQ[:, :, None], roles.mean_RQD, mean_QD)
-    return filled.reshape(-1, filled.shape[-1])
-
-
-def _cosine(a_D: NDArray[np.float64], b_D: NDArray[np.float64]) -> float:
-    return float(a_D @ b_D / (np.linalg.norm(a_D) * np.linalg.norm(b_D)))
-
-
-def _spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+def spearman(a: Floats, b: Floats) -> Floats:
     """Spearman correlation over the last axis."""
-    ranks = [rankdata(x, axis=-1) for x in (a, b)]
-    left, right = (rank - rank.mean(axis=-1, keepdims=True) for rank in ranks)
+    left, right = (rank - rank.mean(axis=-1, keepdims=True) for rank in (rankdata(x, axis=-1) for x in (a, b)))
     norm = np.sqrt((left**2).sum(axis=-1) * (right**2).sum(axis=-1))
-    correlation: NDArray[np.float64] = (left * right).sum(axis=-1) / norm
+    correlation: Floats = (left * right).sum(axis=-1) / norm
     return correlation
 
 
-def _auc(
-    positions: NDArray[np.float64], is_positive: NDArray[np.bool_], is_negative: NDArray[np.bool_]
-) -> NDArray[np.float64]:
+def rank_auc(positions: Floats, is_positive: NDArray[np.bool_], is_negative: NDArray[np.bool_]) -> Floats:
     """ROC AUC over the last axis (roles), from the rank sum of the positives (Mann-Whitney)."""
     chosen = np.concatenate([positions[..., is_positive], positions[..., is_negative]], axis=-1)
     count, others = int(is_positive.sum()), int(is_negative.sum())
     rank_sum = rankdata(chosen, axis=-1)[..., :count].sum(axis=-1)
-    area: NDArray[np.float64] = (rank_sum - count * (count + 1) / 2) / (count * others)
+    area: Floats = (rank_sum - count * (count + 1) / 2) / (count * others)
     return area

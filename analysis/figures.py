@@ -59,7 +59,7 @@ class Measure:
 
 
 MEASURES = (
-    Measure(name="auc", label="Held-out AUC", null="auc_null_p99", chance=0.5),
+    Measure(name="kind_auc", label="Held-out AUC", null="kind_auc_null_p99", chance=0.5),
     Measure(name="rank_correlation", label="Split-half rank correlation", null="rank_correlation_null_p99", chance=0),
     Measure(name="cos_axis_pc1", label="|cos(axis, PC1)|", null="cos_null_p99", random="cos_random_p99", chance=0),
 )

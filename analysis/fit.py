@@ -1,27 +1,34 @@
 """The fit step: from the activation store to the Dataset in ``space/``."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import dask
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from personaspace.analysis.cells import LEFT_OUT, cell_of_row, cells_from_sums, lazy_cell_sums, usable_rows
 from personaspace.analysis.config import AnalysisConfig
-from personaspace.analysis.evidence import Evidence, gather_evidence
+from personaspace.analysis.dataset import space_dataset, suggest_layer, text
+from personaspace.analysis.groups import Groups, group_name, group_rollouts, pooled
+from personaspace.analysis.layer_fit import Plan
+from personaspace.analysis.layers import fit_layers
 from personaspace.analysis.quality.assess import assess, on_axis
-from personaspace.analysis.space import PersonaSpace, align_layers, fit_space
+from personaspace.analysis.summary import Rows
 from personaspace.store.errors import InputError
-from personaspace.store.formats.role_names import DEFAULT_ROLE, SCENARIO
 from personaspace.store.layout import ranges
 from personaspace.store.manifest import require_manifest
 from personaspace.store.objects import Folder
-from personaspace.store.reader import open_run, stored_layers
+from personaspace.store.reader import SHARDS, open_run, stored_layers
+from personaspace.store.records import committed_slots
 from personaspace.store.schema import STATUS, ArraySpec
+from personaspace.store.scores import judges
 from personaspace.store.space import save_space
+
+UNFILTERED = "none, although scores were there: analysis.unfiltered"
+"""The attribute `filter` of a fit that took every rollout on demand."""
+LEFT_OUT = "left_out"
+"""Coordinate of rows that are not to be used although nothing is wrong with their activations."""
 
 
 def fit(folder: Folder, config: AnalysisConfig) -> xr.Dataset:
@@ -38,66 +45,104 @@ def fit(folder: Folder, config: AnalysisConfig) -> xr.Dataset:
 def compute_space(folder: Folder, config: AnalysisConfig) -> xr.Dataset:
     """The Dataset of ``fit``, not stored."""
     manifest = require_manifest(folder)
-    layers = stored_layers(folder, manifest, fitted_array(config, manifest.arrays))
+    spec = fitted_array(config, manifest.arrays)
+    layers = stored_layers(folder, manifest, spec)
     target = target_layer(config, layers)
-    run, left_out = _leave_out(folder, open_run(folder).sel(layer=layers), config)
-    roles: list[Any] = list(manifest.tables["roles"])
-    questions = len(manifest.tables["questions"])
-    cell_N = cell_of_row(run, questions)
-    count_R = np.bincount(cell_N[cell_N >= 0] // questions, minlength=len(roles))
-    default = [index for index, role in enumerate(roles) if role["id"] == DEFAULT_ROLE and count_R[index]]
-    # The poles of traits are no roles, and have a space of their own; conversations are no roles at all.
-    is_role = [role["id"] != DEFAULT_ROLE and not role.get("pole") and role.get("kind") != SCENARIO for role in roles]
-    others = [index for index in range(len(roles)) if is_role[index] and count_R[index]]
-    if not default or len(others) < 2:
-        raise InputError(
-            f"{folder.url}: {len(default)} of `default` and {len(others)} other roles have usable rollouts; the axis "
-            "needs `default` and at least two roles. Let extraction go on, then fit again."
-        )
-
-    def fit_layer(sum_DC: NDArray[np.float64]) -> tuple[PersonaSpace, Evidence]:
-        cells = cells_from_sums(sum_DC, cell_N, len(roles), questions)
-        default_cells, role_cells = cells.roles(default), cells.roles(others)
-        space = fit_space(default_cells.role_means()[0], role_cells.role_means(), config.components)
-        kinds = [roles[index]["kind"] for index in others]
-        return space, gather_evidence(space, default_cells, role_cells, kinds, config)
-
-    sums = lazy_cell_sums(run[config.array], cell_N, len(roles) * questions)
-    fitted = dask.compute(*(dask.delayed(fit_layer)(sum_DC) for sum_DC in sums))
-    spaces = align_layers([space for space, _ in fitted])
+    judge = chosen_judge(folder, config)
+    run, left_out = _leave_out(folder, open_run(folder, scores=judge), config)
     rows = usable_rows(run)
-    position_NL, score_NLK = _project(run[config.array], spaces)
-    arrays = {
-        **_space_arrays(spaces),
-        "rollout_position": (("rollout", "layer"), position_NL[rows]),
-        "rollout_score": (("rollout", "layer", "component"), score_NLK[rows]),
-    }
-    for measure in Evidence.__dataclass_fields__:
-        arrays[measure] = (("layer",), np.array([getattr(evidence, measure) for _, evidence in fitted]))
-    return xr.Dataset(
-        {name: (dims, values.astype(np.float32)) for name, (dims, values) in arrays.items()},
-        coords={
-            "layer": run["layer"].values,
-            "role": _text([roles[index]["id"] for index in others]),
-            "role_kind": ("role", _text([roles[index]["kind"] for index in others])),
-            "role_description": ("role", _text([roles[index]["description"] for index in others])),
-            "role_count": ("role", count_R[others]),
-            "rollout_row": ("rollout", rows),
-            "rollout_role": ("rollout", run["role"].values[rows]),
-        },
-        attrs={
+    role_N = run["role_id"].values[rows]
+    score_N = None if judge is None else run["score"].values[rows]
+    roles: list[Mapping[str, Any]] = list(manifest.tables["roles"])
+    questions = len(manifest.tables["questions"])
+    groups = group_rollouts(
+        roles, questions, role_N, score_N, needed=config.min_count, where=folder.url, judge=judge or ""
+    )
+    cell_N = groups.cell_of_row(role_N, run["question"].values[rows], score_N)
+    group_N = np.where((cell_N >= 0) & (cell_N < groups.vector_cells), cell_N // questions, -1)
+    plan = Plan(
+        rows=Rows(
+            row_N=rows,
+            cell_N=cell_N,
+            pooled_N=pooled(roles, role_N),
+            cells=groups.cells,
+            unit_rows=manifest.layout.unit_rows,
+        ),
+        groups=groups,
+        kinds=tuple(str(roles[groups.roles[place].role_id]["kind"]) for place in groups.core),
+        role_N=group_N,
+        question_N=run["question"].values[rows],
+        tokens_N=run["n_tokens"].values[rows],
+        config=config,
+    )
+    values = run[config.array].encoding[SHARDS]
+    memory = None if config.memory is None else int(config.memory * 1e9)
+    space = space_dataset(fit_layers(values, layers, plan, memory=memory), layers)
+    suggested, reason = suggest_layer(space)
+    return space.assign_coords(_coordinates(run, rows, roles, groups)).assign_attrs(
+        {
             "array": config.array,
             "target_layer": target,
-            "default_count": int(count_R[default].sum()),
+            "suggested_layer": suggested,
+            "suggested_layer_reason": reason,
+            "default_count": groups.default.count,
+            "filter": groups.filter if not config.unfiltered else UNFILTERED,
+            "too_few": ", ".join(groups.too_few),
+            "min_count": groups.needed,
+            "standardised": int(config.standardise),
             "null_permutations": config.permutations,
+            "bootstrap_draws": config.bootstrap,
             "positive_kind": config.positive_kind,
             "negative_kind": config.negative_kind,
             "leave_out": ", ".join(config.leave_out),
             "left_out_count": left_out,
             "identity_hash": manifest.identity_hash,
             "fitted": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        },
+        }
     )
+
+
+def chosen_judge(folder: Folder, config: AnalysisConfig) -> str | None:
+    """The judge whose scores filter the rollouts; None for no filter.
+
+    Raises InputError where the run has scores of several and none is chosen, or none of the chosen one.
+    """
+    known = judges(committed_slots(folder))
+    if config.unfiltered:
+        return None
+    if config.scores is not None and config.scores not in known:
+        raise InputError(
+            f"analysis.scores: {config.scores!r} has scored nothing in {folder.url}; "
+            f"there are scores of {', '.join(known) or 'nobody'}."
+        )
+    if config.scores is None and len(known) > 1:
+        raise InputError(
+            f"{folder.url}: has scores of {', '.join(known)}. Say whose count: --analysis.scores {known[0]}; or take "
+            "every rollout: --analysis.unfiltered."
+        )
+    return config.scores or (known[0] if known else None)
+
+
+def _coordinates(
+    run: xr.Dataset, rows: NDArray[np.intp], roles: Sequence[Mapping[str, Any]], groups: Groups
+) -> dict[str, Any]:
+    """Who the role vectors, traits and rollouts are."""
+    own = [roles[group.role_id] for group in groups.roles]
+    names = [group_name(role["id"], group.level) for role, group in zip(own, groups.roles, strict=True)]
+    coordinates: dict[str, Any] = {
+        "role": text(names),
+        "role_kind": ("role", text([role["kind"] for role in own])),
+        "role_description": ("role", text([role["description"] for role in own])),
+        "role_count": ("role", np.array([group.count for group in groups.roles])),
+        "role_level": ("role", text([group.level for group in groups.roles])),
+        "rollout_row": ("rollout", rows),
+        "rollout_role": ("rollout", run["role"].values[rows]),
+    }
+    if groups.traits:
+        coordinates["trait"] = text([trait for trait, _, _ in groups.traits])
+        fewest = [min(positive.count, negative.count) for _, positive, negative in groups.traits]
+        coordinates["trait_count"] = ("trait", np.array(fewest))
+    return coordinates
 
 
 def _leave_out(folder: Folder, run: xr.Dataset, config: AnalysisConfig) -> tuple[xr.Dataset, int]:
@@ -128,43 +173,15 @@ def target_layer(config: AnalysisConfig, layers: Sequence[int]) -> int:
     return config.target_layer
 
 
-def _space_arrays(spaces: list[PersonaSpace]) -> dict[str, tuple[tuple[str, ...], NDArray[np.float64]]]:
-    """Name -> (dims, values) of all that the layers' spaces hold."""
-    default_LD, axis_LD, origin_LD, scale_LD, component_LKD, variance_ratio_LK = (
-        np.stack([getattr(space, name) for space in spaces])
-        for name in ("default_D", "axis_D", "origin_D", "scale_D", "component_KD", "variance_ratio_K")
-    )
-    role_RLD = np.stack([space.role_RD for space in spaces], axis=1)
-    centred_RLD = role_RLD - origin_LD
-    return {
-        "role_vector": (("role", "layer", "hidden"), role_RLD),
-        "default_vector": (("layer", "hidden"), default_LD),
-        "axis": (("layer", "hidden"), axis_LD),
-        "axis_norm": (("layer",), np.linalg.norm(axis_LD, axis=1)),
-        "component_vector": (("layer", "component", "hidden"), component_LKD),
-        "explained_variance_ratio": (("layer", "component"), variance_ratio_LK),
-        "role_score": (("role", "layer", "component"), np.einsum("rld,lkd->rlk", centred_RLD, component_LKD)),
-        # default - origin is the axis itself.
-        "default_score": (("layer", "component"), np.einsum("ld,lkd->lk", axis_LD, component_LKD)),
-        "role_position": (("role", "layer"), np.einsum("rld,ld->rl", centred_RLD, scale_LD)),
-    }
-
-
-def _project(x_NLD: xr.DataArray, spaces: list[PersonaSpace]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Positions ``(N, L)`` and scores ``(N, L, K)`` of all rows, in a second pass over the stored shards.
-
-    A pass of its own, since within one graph Dask would hold a layer's activations until its axis is known.
-    """
-    origin_LD, scale_LD, component_LKD = (
-        np.stack([getattr(space, name) for space in spaces]) for name in ("origin_D", "scale_D", "component_KD")
-    )
-    direction_LPD = np.concatenate([scale_LD[:, None], component_LKD], axis=1)
-    centred_NLD = x_NLD.astype(np.float64) - xr.DataArray(origin_LD, dims=("layer", "hidden"))
-    projected = xr.dot(centred_NLD, xr.DataArray(direction_LPD, dims=("layer", "direction", "hidden")), dim="hidden")
-    projected_NLP = projected.transpose("rollout", "layer", "direction").values
-    return projected_NLP[:, :, 0], projected_NLP[:, :, 1:]
-
-
-def _text(values: list[str]) -> NDArray[Any]:
-    """Variable-length strings, the only kind that Zarr v3 stores without a warning."""
-    return np.array(values, dtype=np.dtypes.StringDType())
+def usable_rows(run: xr.Dataset) -> NDArray[np.intp]:
+    """Rows with status ok that are not left out. Raises InputError if there is none."""
+    ok = run["status"].values == STATUS.index("ok")
+    rows = np.flatnonzero(ok & ~run[LEFT_OUT].values if LEFT_OUT in run.coords else ok)
+    if not ok.any():
+        raise InputError(f"{run.attrs['run']}: no extracted rollouts yet; run `extract` first.")
+    if not len(rows):
+        raise InputError(
+            f"analysis.leave_out: leaves none of the {ok.sum()} extracted rollouts; `personaspace quality "
+            f"{run.attrs['run']}` shows which flaw they have."
+        )
+    return rows

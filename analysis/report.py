@@ -185,7 +185,7 @@ def _finding(space: xr.Dataset, measure: Measure, target: int) -> Finding:
 def _missing(space: xr.Dataset, measure: Measure) -> str:
     kinds = {str(kind) for kind in space["role_kind"].values}
     absent = [kind for key in ("positive_kind", "negative_kind") if (kind := str(space.attrs[key])) not in kinds]
-    if measure.name == "auc" and absent:
+    if measure.name == "kind_auc" and absent:
         return f"the catalogue has no roles of the kind {' or '.join(absent)}"
     if measure.name == "cos_axis_pc1":
         return "there are too few roles for a principal component"
@@ -195,7 +195,7 @@ def _missing(space: xr.Dataset, measure: Measure) -> str:
 def _doubt(space: xr.Dataset, measure: Measure) -> str:
     kinds = f"{space.attrs['positive_kind']} from {space.attrs['negative_kind']} roles"
     return {
-        "auc": f"at this size the axis is not shown to tell {kinds} on questions it has not seen",
+        "kind_auc": f"at this size the axis is not shown to tell {kinds} on questions it has not seen",
         "rank_correlation": "at this size the order of the roles is not shown to outlast a change of questions",
         "cos_axis_pc1": "at this size the direction of PC1 is not evidence",
     }[measure.name]
@@ -204,7 +204,7 @@ def _doubt(space: xr.Dataset, measure: Measure) -> str:
 def _reading(space: xr.Dataset, measure: Measure) -> str:
     positive, negative = space.attrs["positive_kind"], space.attrs["negative_kind"]
     return {
-        "auc": "The axis is fitted on half of the questions and the roles are placed by the other half, both ways"
+        "kind_auc": "The axis is fitted on half of the questions and the roles are placed by the other half, both ways"
         f" round. The AUC is the chance that a {positive} role then lies nearer to the Assistant than a {negative}"
         " one: 0.5 is a coin toss, 1 a perfect split.",
         "rank_correlation": "How well the order of the roles along the axis from one half of the questions agrees with"

@@ -53,7 +53,7 @@ def build_space(layers: int = 30, rollouts_per_role: int = 12, components: int =
     noise_L = 0.04 * rng.random(L)
     measures = {"cos_axis_pc1": 0.9 * strength_L, "cos_null_p99": 0.7 + noise_L, "cos_random_p99": 0.1 + noise_L}
     measures |= {"rank_correlation": 0.85 * strength_L, "rank_correlation_null_p99": 0.36 + noise_L}
-    measures |= {"auc": 0.5 + 0.46 * strength_L, "auc_null_p99": 0.68 + noise_L}
+    measures |= {"kind_auc": 0.5 + 0.46 * strength_L, "kind_auc_null_p99": 0.68 + noise_L}
     data |= {name: ("layer", value_L) for name, value_L in measures.items()}
     coords = {
         "role": np.array(roles, T),
@@ -134,10 +134,10 @@ def test_numbers_have_verdicts_and_responses_come_from_both_ends_and_the_middle(
     order = [html.escape(role) for role in space.role.values[np.argsort(-space.role_position.sel(layer=15).values)]]
     shown = re.findall(r"<td><strong>(.*?)</strong>", page)
     assert shown == ["default", *order[:3], *order[19:21], *order[-3:]]
-    auc, null = (float(space[name].sel(layer=15)) for name in ("auc", "auc_null_p99"))
+    auc, null = (float(space[name].sel(layer=15)) for name in ("kind_auc", "kind_auc_null_p99"))
     assert f"Held-out AUC at layer 15 {auc:.2f} ✓ above the null" in text
     assert f"null {null:.2f} (99th percentile of 200 permutations)" in text
-    assert f"above its null at {int((space.auc > space.auc_null_p99).sum())} of 30 layers" in text
+    assert f"above its null at {int((space.kind_auc > space.kind_auc_null_p99).sum())} of 30 layers" in text
     faint = {measure.name: 0.3 * space[measure.name] for measure in figures.MEASURES}
     weak = text_of(render(space.assign(faint)))
     assert "not above the null: at this size the axis is not shown to tell professional from fantastical roles" in weak
@@ -149,14 +149,14 @@ def test_numbers_have_verdicts_and_responses_come_from_both_ends_and_the_middle(
 def test_what_was_not_computed_is_said_and_not_drawn() -> None:
     space = build_space()
     kinds = space.role_kind.str.replace("professional|fantastical", "unknown", regex=True)
-    gone = ("auc", "auc_null_p99", "rank_correlation", "rank_correlation_null_p99", "cos_null_p99")
+    gone = ("kind_auc", "kind_auc_null_p99", "rank_correlation", "rank_correlation_null_p99", "cos_null_p99")
     page = render(space.assign_coords(role_kind=kinds).assign({name: space[name] * np.nan for name in gone}))
     text = text_of(page)
     assert "not available: the catalogue has no roles of the kind professional or fantastical" in text
     assert "not available: it takes at least four questions" in text
     assert "no null was computed, so this number alone is not evidence" in text
-    assert {"auc", "rank_correlation"}.isdisjoint(data_of(page)["figures"])
-    assert 'id="auc"' not in page
+    assert {"kind_auc", "rank_correlation"}.isdisjoint(data_of(page)["figures"])
+    assert 'id="kind_auc"' not in page
 
 
 def test_small_and_incomplete_runs_have_a_page_too() -> None:
@@ -265,9 +265,9 @@ def test_layer_and_search_move_map_and_ranking_together(open_page: Callable[...,
         ticks = tab.evaluate("$('ranking').layout.yaxis.ticktext")
         assert ticks == [*map(figures.label, order), "<b>default</b>"]
         assert tab.inner_text("#layer-name") == str(layer) + (" (target)" if layer == 15 else "")
-    tab.hover("#auc .nsewdrag", position={"x": 100, "y": 60}, force=True)
-    tab.wait_for_selector("#auc .hoverlayer .legend")
-    tab.click("#auc .nsewdrag", position={"x": 100, "y": 60}, force=True)
+    tab.hover("#kind_auc .nsewdrag", position={"x": 100, "y": 60}, force=True)
+    tab.wait_for_selector("#kind_auc .hoverlayer .legend")
+    tab.click("#kind_auc .nsewdrag", position={"x": 100, "y": 60}, force=True)
     until(tab, "at > 0 && $('layer-name').textContent === String(D.layers[at])")
     tab.click("#to-target")
     assert tab.inner_text("#layer-name") == "15 (target)"
