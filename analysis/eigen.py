@@ -8,7 +8,6 @@ Shape suffixes: N rows, D dimensions, K components, R of them with variance.
 """
 
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -59,49 +58,43 @@ class Decomposition:
         return score_NK
 
 
-def decompose(moments: Moments, components: float | None = None, solver: Solver = "auto") -> Decomposition:
-    """The leading ``components``: a count; as many as reach this share of the variance (between 0 and 1); or all.
+def decompose(moments: Moments, components: int | float | None = None, solver: Solver = "auto") -> Decomposition:
+    """The leading ``components``: a count; as many as it takes to exceed a share of the variance; or all that have any.
 
-    All are min(rows, D). A count may go up to D; what the rows can't span are null directions. ``solver`` is LAPACK
-    (copies the scatter, 8 D^2 bytes), Lanczos (for counts; LAPACK steps in where it fails), or what the shape wants.
-    Raises RowError if the moments hold no row, or can't have so many components.
+    A count may go up to D; what the rows can't span are null directions. ``solver`` is LAPACK (copies the scatter,
+    8 D^2 bytes), Lanczos (for counts; LAPACK steps in where it fails), or what the shape wants. Raises RowError if the
+    moments hold no row, or can't have so many components.
     """
-    dimension, share = moments.dimension, None
-    count = dimension
-    if isinstance(components, Integral):
-        count = int(components)
-    elif components is not None:
-        share = components
-    if isinstance(components, bool) or not (1 <= count <= dimension and (share is None or 0 < share < 1)):
+    dimension = moments.dimension
+    whole = isinstance(components, int | np.integer) and not isinstance(components, bool)
+    if not (components is None or (whole and 1 <= components <= dimension) or (not whole and 0 < components < 1)):
         raise RowError(
             f"n_components: {components!r}; allowed are counts from 1 to {dimension} (the dimensions), shares of the "
             "variance between 0 and 1, and None."
         )
     if not moments.rows:
-        raise RowError("no usable row has been added: a PCA needs at least one.")
-    if not isinstance(components, Integral):
-        count = min(moments.rows, dimension)
+        raise RowError("no usable row of a weight above zero has been added: a PCA needs at least one.")
     scatter_DD, degrees = moments.scatter_DD, moments.degrees
     total = float(scatter_DD.trace())
+    count = int(components) if components is not None and whole else dimension
     # Of the rows, one is spent on the mean.
     wanted = min(count, moments.rows - 1)
     by_shape = dimension >= LANCZOS_DIMENSION and wanted * LANCZOS_SHARE <= dimension
-    try_lanczos = (
-        wanted and isinstance(components, Integral) and (solver == "lanczos" or (solver == "auto" and by_shape))
-    )
+    try_lanczos = wanted and whole and (solver == "lanczos" or (solver == "auto" and by_shape))
     found = _lanczos(scatter_DD, wanted) if try_lanczos else None
     found_K, vector_KD = found or _lapack(scatter_DD, wanted)
     real = _real(found_K, vector_KD, scatter_DD.diagonal(), moments.dtype)
+    if not whole:
+        wanted_sum = np.inf if components is None else components * total
+        count = max(1, min(int(np.searchsorted(np.cumsum(found_K[:real]), wanted_sum, side="right")) + 1, real))
+    real = min(real, count)
     value_K = np.zeros(count)
     value_K[:real] = found_K[:real]
-    if share is not None:
-        # The least count whose share is above what is asked for, as in scikit-learn.
-        count = min(int(np.searchsorted(np.cumsum(value_K), share * total, side="right")) + 1, count)
-    component_KD = _completed(vector_KD[: min(real, count)], count)
+    component_KD = _completed(vector_KD[:real], count)
     return Decomposition(
         mean_D=moments.mean_D.copy(),
         component_KD=component_KD * _signs(component_KD)[:, None],
-        variance_K=value_K[:count] / degrees,
+        variance_K=value_K / degrees,
         total_variance=total / degrees,
         n=moments.n,
     )

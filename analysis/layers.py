@@ -17,7 +17,7 @@ from distributed import Client, get_client
 from threadpoolctl import threadpool_limits
 
 from personaspace.analysis.layer_fit import LayerFit, Plan, finish_layer
-from personaspace.analysis.summary import Summary, Values, summarise, summary_bytes
+from personaspace.analysis.summary import Rows, Summary, Values, summarise, summary_bytes
 from personaspace.store.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -74,21 +74,18 @@ def fit_layers(values: Values, layers: Sequence[int], plan: Plan, *, memory: int
         memory=memory if memory is not None else _free_memory(client),
     )
     # Wrapped whole, so that Dask neither looks into them nor sends them with every task.
-    shared_values, shared_plan = (dask.delayed(what, traverse=False, pure=False) for what in (values, plan))
+    shared = [dask.delayed(what, traverse=False, pure=False) for what in (values, plan, plan.rows)]
     fitted: list[LayerFit] = []
     # Each task multiplies on one thread; several at a time keep all of them busy.
     with threadpool_limits(limits=max(1, CPU_COUNT // schedule.workers), user_api="blas"):
         for start in range(0, len(layers), schedule.in_flight):
-            wave = [
-                _one_layer(shared_values, layer, shared_plan, schedule.parts)
-                for layer in layers[start : start + schedule.in_flight]
-            ]
+            wave = [_one_layer(layer, schedule.parts, *shared) for layer in layers[start : start + schedule.in_flight]]
             fitted.extend(dask.compute(*wave, num_workers=schedule.workers))
     return fitted
 
 
-def _one_layer(values: Delayed, layer: int, plan: Delayed, parts: int) -> Delayed:
-    summaries = [dask.delayed(_summarise_part, pure=False)(values, layer, plan, part, parts) for part in range(parts)]
+def _one_layer(layer: int, parts: int, values: Delayed, plan: Delayed, rows: Delayed) -> Delayed:
+    summaries = [dask.delayed(summarise_part, pure=False)(values, layer, rows, part, parts) for part in range(parts)]
     while len(summaries) > 1:
         odd = summaries[len(summaries) // 2 * 2 :]
         pairs = zip(summaries[0::2], summaries[1::2], strict=False)
@@ -96,8 +93,9 @@ def _one_layer(values: Delayed, layer: int, plan: Delayed, parts: int) -> Delaye
     return dask.delayed(finish_layer, pure=False)(summaries[0], values, layer, plan)
 
 
-def _summarise_part(values: Values, layer: int, plan: Plan, part: int, parts: int) -> Summary:
-    return summarise(values, layer, plan.rows.parts(parts)[part])
+def summarise_part(values: Values, layer: int, rows: Rows, part: int, parts: int) -> Summary:
+    """The summary of one of ``parts`` parts of a layer's rows."""
+    return summarise(values, layer, rows.parts(parts)[part])
 
 
 def _client() -> Client | None:
