@@ -59,7 +59,7 @@ def write_layers(folder: Path, rows: int, hidden: int, layers: int) -> Committed
         x_ND = (x_ND + generator.normal(0, 0.3, size=(UNIT_ROWS, hidden))).astype(np.float32)
         file = folder / shard_key(ARRAY, unit, 0)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(encode_shard(np.repeat(x_ND[:, None], layers, axis=1), layout, 16))
+        file.write_bytes(encode_shard(np.repeat(x_ND[:, None], layers, axis=1), layout, "16"))
     return CommittedShards(LocalFolder(folder), ARRAY, layout, np.zeros((layout.units, 1), dtype=int))
 
 
