@@ -18,12 +18,14 @@ Floats = NDArray[np.float64]
 INK, MUTED, GRID = "#1d2327", "#5b6670", "#e3e6e9"
 BLUE, GREEN, PURPLE, VERMILLION, AMBER = "#0072b2", "#009e73", "#b5578a", "#d55e00", "#b98300"  # after Okabe and Ito
 BAND, STRIP, PAPER, MIDDLE = "rgba(110,120,130,0.16)", "rgba(70,80,90,0.38)", "#ffffff", "#c9ced3"
+BLUE_BAND = "rgba(0,114,178,0.18)"
 AWAY_DEEP, TOWARDS_DEEP, CLEAR = "#a34700", "#00507d", "rgba(0,0,0,0)"
 
 DARK: Mapping[str, str] = {
     INK: "#e7eaec", MUTED: "#a5afb8", GRID: "#2c3239", PAPER: "#14171a", MIDDLE: "#5d656d", BLUE: "#56b4e9",
     GREEN: "#2fc79b", PURPLE: "#e08fbd", VERMILLION: "#ff8a3d", AMBER: "#e6b422", AWAY_DEEP: "#ffb27d",
     TOWARDS_DEEP: "#a5dbfa", BAND: "rgba(150,160,170,0.20)", STRIP: "rgba(190,200,210,0.38)",
+    BLUE_BAND: "rgba(86,180,233,0.25)",
 }  # fmt: skip
 """Light colour -> its counterpart on a dark page. Every colour a figure uses is a key."""
 

@@ -6,7 +6,6 @@ says which part of the chart it is. Shape suffixes: R roles and then default, L 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import plotly.graph_objects as go
@@ -14,9 +13,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from personaspace.analysis.charts import (
-    AMBER,
     AWAY_DEEP,
-    BAND,
     BLUE,
     INK,
     MIDDLE,
@@ -42,29 +39,6 @@ STRIP_LIMIT = 5000
 QUANTILES = (0.05, 0.25, 0.75, 0.95)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Measure:
-    """One line of evidence: a number per layer, with the null it has to beat."""
-
-    name: str
-    """Variable of the dataset."""
-    label: str
-    """What the report calls it."""
-    null: str
-    """Variable with the null's 99th percentile per layer."""
-    chance: float
-    """Its value when there is nothing to find."""
-    random: str | None = None
-    """Variable with the 99th percentile of random directions, or None."""
-
-
-MEASURES = (
-    Measure(name="kind_auc", label="Held-out AUC", null="kind_auc_null_p99", chance=0.5),
-    Measure(name="rank_correlation", label="Split-half rank correlation", null="rank_correlation_null_p99", chance=0),
-    Measure(name="cos_axis_pc1", label="|cos(axis, PC1)|", null="cos_null_p99", random="cos_random_p99", chance=0),
-)
-
-
 def layer_index(space: xr.Dataset, layer: int) -> int:
     """Where the layer lies along the dimension `layer`."""
     layers = [int(value) for value in space["layer"].values]
@@ -87,6 +61,20 @@ def positions(space: xr.Dataset) -> Floats:
     return np.pad(position_LR, ((0, 0), (0, 1)), constant_values=1.0)
 
 
+def reach(space: xr.Dataset) -> Floats:
+    """How far the 95% interval over questions reaches beyond each position, (layer, up and down, role and then
+    default).
+
+    NaN where there is no interval; `default` is at 1 by definition.
+    """
+    position_LR = positions(space)
+    interval = space["role_position_interval"].sel(resampled="questions")
+    ends_LBR = interval.sel(bound=["high", "low"]).transpose("layer", "bound", "role").values.astype(np.float64)
+    reach_LBR = (ends_LBR - position_LR[:, None, :-1]) * np.array([1, -1])[:, None]
+    # The interval of a draw may end on the other side of the position by a rounding error.
+    return np.pad(np.maximum(reach_LBR, 0), ((0, 0), (0, 0), (0, 1)), constant_values=np.nan)
+
+
 def rollout_rows(space: xr.Dataset) -> NDArray[np.int64]:
     """Row of each rollout's role; the number of roles stands for `default`, -1 for a role that is not there."""
     rows = {str(role): row for row, role in enumerate([*space["role"].values, "default"])}
@@ -106,10 +94,11 @@ def component_title(space: xr.Dataset, layer: int, component: int) -> str:
     """Axis title such as "PC1 (23.1% of variance)"."""
     if component >= space.sizes["component"]:
         return f"PC{component + 1} (not computed)"
-    return f"PC{component + 1} ({_variance(space)[layer_index(space, layer), component]:.1%} of variance)"
+    return f"PC{component + 1} ({variance(space)[layer_index(space, layer), component]:.1%} of variance)"
 
 
-def _variance(space: xr.Dataset) -> Floats:
+def variance(space: xr.Dataset) -> Floats:
+    """Explained variance ratios, (layer, component)."""
     return space["explained_variance_ratio"].transpose("layer", "component").values.astype(np.float64)
 
 
@@ -187,7 +176,9 @@ def ranking(space: xr.Dataset, layer: int) -> go.Figure:
         dots = {"x": plain(position_R[members]), "y": height_R[members].tolist(), "mode": "markers"}
         dots |= {"customdata": [names[row] for row in members], "meta": {"part": "dot", "roles": members.tolist()}}
         dots["hovertemplate"] = "%{customdata}: %{x:.2f}<extra>" + name + "</extra>"
-        traces.append(go.Scatter(**dots, marker=marker, name=name))
+        above, below = (plain(reach_R[members]) for reach_R in reach(space)[at])
+        error = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "color": MUTED}
+        traces.append(go.Scatter(**dots, marker=marker, name=name, error_x=error | {"thickness": 1.5, "width": 4}))
     yaxis = {"tickvals": list(range(n + 1)), "ticktext": [names[row] for row in order], "range": [-0.8, n + 0.8]}
     height = 80 + (22 if n <= 60 else 16) * (n + 2)
     figure = chart(traces, height=height, yaxis=yaxis, margin={"l": 60, "t": 56, "b": 12})
@@ -197,49 +188,14 @@ def ranking(space: xr.Dataset, layer: int) -> go.Figure:
     return figure.update_layout(xaxis={"side": "top", "zeroline": False}, yaxis={"showgrid": False, "zeroline": False})
 
 
-def evidence(space: xr.Dataset, measure: Measure) -> go.Figure | None:
-    """The measure per layer above its null's band, the target layer marked; None when it was not computed."""
-    value_L, layers = space[measure.name].values.astype(np.float64), space["layer"].values.tolist()
-    if not np.isfinite(value_L).any():
-        return None
-    shown = {"hoverinfo": None, "hovertemplate": "%{y:.2f}"}
-    null = {"fill": "tonexty", "fillcolor": BAND, "name": "null, 99th percentile", "dash": "dot", **shown}
-    chance = line(layers, [measure.chance] * len(layers), MUTED, 0, showlegend=False)
-    traces = [chance, line(layers, plain(space[measure.null].values), MUTED, 1, **null)]
-    if measure.random is not None:
-        random = {"name": "random directions, 99th percentile", "dash": "dash", **shown}
-        traces.append(line(layers, plain(space[measure.random].values), AMBER, 1.5, **random))
-    own = {"mode": "lines+markers", "marker": {"size": 5}, "name": measure.label, **shown}
-    traces.append(line(layers, plain(value_L), BLUE, 2.5, **own))
-    return _per_layer(space, traces, min(float(np.nanmin(value_L)), measure.chance) - 0.06, 1.04)
-
-
-def _per_layer(space: xr.Dataset, traces: list[go.Scatter], low: float, high: float, **yaxis: object) -> go.Figure:
-    target = int(space.attrs["target_layer"])
-    side = "left" if target > space["layer"].values.mean() else "right"  # away from the edge of the chart
-    note = {"mode": "lines+text", "text": ["", f" target {target} ", ""], "textposition": f"middle {side}"}
-    y = [low, low + 0.03 * (high - low), high]
-    traces.append(line([target] * 3, y, MUTED, 1, textfont={"color": MUTED}, showlegend=False, **note))
-    xaxis = {"title": {"text": "layer"}, "unifiedhovertitle": {"text": "layer %{x}"}}
-    yaxis = {"range": [low, high], "zeroline": False} | yaxis
-    return chart(traces, height=290, hovermode="x unified", xaxis=xaxis, yaxis=yaxis)
-
-
-def scree(space: xr.Dataset, layer: int) -> go.Figure:
-    """Explained variance of each component at one layer."""
-    ratio_C = _variance(space)[layer_index(space, layer)]
-    bar = go.Bar(x=list(range(1, len(ratio_C) + 1)), y=plain(ratio_C), marker={"color": BLUE}, hoverinfo="y")
-    xaxis, yaxis = {"title": {"text": "component"}, "dtick": 1}, {"tickformat": ".0%", "hoverformat": ".1%"}
-    return chart([bar], height=290, xaxis=xaxis, yaxis=yaxis)
-
-
-def cumulative_variance(space: xr.Dataset) -> go.Figure:
-    """Variance that the first 1, 2, 3, 5 and 10 components explain together, per layer."""
-    total_LC, layers = _variance(space).cumsum(axis=1), space["layer"].values.tolist()
-    shown = {"mode": "lines+text", "textposition": "middle right", "cliponaxis": False, "showlegend": False}
-    shown |= {"hoverinfo": None, "hovertemplate": "%{y:.1%}"}
-    traces = []
-    for count in (c for c in (1, 2, 3, 5, 10) if c <= total_LC.shape[1]):
-        y, text = plain(total_LC[:, count - 1]), [""] * (len(layers) - 1) + [str(count)]
-        traces.append(line(layers, y, BLUE, 1 + 1.5 / count, text=text, name=f"first {count}", **shown))
-    return _per_layer(space, traces, 0, 1.06 * float(total_LC.max()), tickformat=".0%").update_layout(margin_r=28)
+def trait_ranking(space: xr.Dataset, layer: int) -> go.Figure:
+    """Traits by the cosine of their vector (positive pole less negative) with the axis, as bars from 0."""
+    at, names = layer_index(space, layer), [label(str(trait)) for trait in space["trait"].values]
+    cosine_T = space["trait_axis_cosine"].transpose("layer", "trait").values[at].astype(np.float64)
+    order = np.argsort(cosine_T, kind="stable").tolist()
+    places = {"y": list(range(len(order))), "x": plain(cosine_T[order])}
+    hover = {"customdata": [names[row] for row in order], "hovertemplate": "%{customdata}: %{x:.2f}<extra></extra>"}
+    bars = go.Bar(**places, **hover, orientation="h", marker={"color": BLUE}, width=0.6)
+    yaxis = {"tickvals": places["y"], "ticktext": [names[row] for row in order], "showgrid": False}
+    xaxis = {"side": "top", "title": {"text": "cosine with the axis"}}
+    return chart([bars], height=90 + 18 * len(order), xaxis=xaxis, yaxis=yaxis, margin={"l": 60, "t": 64, "b": 12})

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from personaspace.analysis import charts, figures
-from personaspace.analysis.figures import Measure
+from personaspace.analysis import charts, figures, layer_figures
+from personaspace.analysis.measures import MEASURES, describe
 from personaspace.analysis.page import render_page
 from personaspace.analysis.quality.section import QualitySection
 
@@ -62,24 +62,6 @@ class Completeness:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """One measure at the target layer, in words."""
-
-    measure: Measure
-    """What was measured."""
-    value: str
-    """Its value at the target layer, or "not available"."""
-    null: str
-    """What it has to beat."""
-    verdict: str
-    """What that means, in plain words."""
-    above: bool | None
-    """Whether it beats its null; None if that can't be said."""
-    reading: str
-    """How to read its chart."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class SampleRow:
     """One row of the table of responses."""
 
@@ -117,10 +99,11 @@ def render_report(
         target=target,
         space=space,
         model=next((value for label, value in provenance if label.lower() == "model"), None),
-        findings=[_finding(space, measure, target) for measure in figures.MEASURES],
+        findings=[describe(space, measure, target) for measure in MEASURES],
         data=_page_data(space, samples, target),
         views=_views(space),
         kinds=charts.legend([str(kind) for kind in space["role_kind"].values]),
+        needed=_needed(space, target),
         strips=space.sizes["rollout"] <= figures.STRIP_LIMIT,
         sample_groups=_sample_groups(space, samples, target),
         provenance=provenance,
@@ -134,67 +117,13 @@ def _views(space: xr.Dataset) -> dict[str, tuple[int, ...]]:
     return {name: view for name, view in MAP_VIEWS.items() if max(view) < max(2, space.sizes["component"])}
 
 
-def _finding(space: xr.Dataset, measure: Measure, target: int) -> Finding:
-    at = figures.layer_index(space, target)
-    value_L, null_L = space[measure.name].values, space[measure.null].values
-    value, null, shuffles = float(value_L[at]), float(null_L[at]), int(space.attrs["null_permutations"])
-    reading = _reading(space, measure)
-    if not np.isfinite(value):
-        reason = f"not available: {_missing(space, measure)}"
-        return Finding(measure=measure, value="–", null="", verdict=reason, above=None, reading=reading)  # noqa: RUF001
-    if not np.isfinite(null):
-        verdict = "no null was computed, so this number alone is not evidence"
-        return Finding(measure=measure, value=f"{value:.2f}", null="", verdict=verdict, above=None, reading=reading)
-    described = f"null {null:.2f} (99th percentile of {shuffles} permutations)"
-    if measure.random is not None:
-        described += f", random directions {float(space[measure.random].values[at]):.2f}"
-    passed, known = int((value_L > null_L).sum()), int(np.isfinite(value_L).sum())
-    reading += f" It is above its null at {passed} of {known} layers."
-    above = value > null
-    verdict = "above the null" if above else f"not above the null: {_doubt(space, measure)}"
-    return Finding(measure=measure, value=f"{value:.2f}", null=described, verdict=verdict, above=above, reading=reading)
-
-
-def _missing(space: xr.Dataset, measure: Measure) -> str:
-    kinds = {str(kind) for kind in space["role_kind"].values}
-    absent = [kind for key in ("positive_kind", "negative_kind") if (kind := str(space.attrs[key])) not in kinds]
-    if measure.name == "kind_auc" and absent:
-        return f"the catalogue has no roles of the kind {' or '.join(absent)}"
-    if measure.name == "cos_axis_pc1":
-        return "there are too few roles for a principal component"
-    return "it takes at least four questions that default and the roles answered, two for each half"
-
-
-def _doubt(space: xr.Dataset, measure: Measure) -> str:
-    kinds = f"{space.attrs['positive_kind']} from {space.attrs['negative_kind']} roles"
-    return {
-        "kind_auc": f"at this size the axis is not shown to tell {kinds} on questions it has not seen",
-        "rank_correlation": "at this size the order of the roles is not shown to outlast a change of questions",
-        "cos_axis_pc1": "at this size the direction of PC1 is not evidence",
-    }[measure.name]
-
-
-def _reading(space: xr.Dataset, measure: Measure) -> str:
-    positive, negative = space.attrs["positive_kind"], space.attrs["negative_kind"]
-    return {
-        "kind_auc": "The axis is fitted on half of the questions and the roles are placed by the other half, both ways"
-        f" round. The AUC is the chance that a {positive} role then lies nearer to the Assistant than a {negative}"
-        " one: 0.5 is a coin toss, 1 a perfect split.",
-        "rank_correlation": "How well the order of the roles along the axis from one half of the questions agrees with"
-        " the order from the other half (Spearman). Where it is high, the order belongs to the roles and not to the"
-        " questions they were asked. It does not say what the order means: a role keeps its system prompts in both"
-        " halves, and even a model with random weights can order prompts reproducibly.",
-        "cos_axis_pc1": "Whether the direction in which the roles differ most (PC1, default left out) is the direction"
-        f" to the Assistant. The mean over the {space.attrs['default_count']} default rollouts carries noise into the"
-        " axis, so only the grey band is a fair bar; random directions are far easier to beat.",
-    }[measure.name]
-
-
 def _page_data(space: xr.Dataset, samples: Mapping[str, Sample], target: int) -> dict[str, object]:
     responses = {role: sample.response for role, sample in samples.items()}
-    drawn = {measure.name: figures.evidence(space, measure) for measure in figures.MEASURES}
-    drawn |= {"ranking": figures.ranking(space, target), "scree": figures.scree(space, target)}
-    drawn |= {"cumulative": figures.cumulative_variance(space)}
+    drawn = {measure.name: layer_figures.evidence(space, measure) for measure in MEASURES}
+    drawn |= {"ranking": figures.ranking(space, target), "scree": layer_figures.scree(space, target)}
+    drawn |= {"cumulative": layer_figures.cumulative_variance(space), "overview": layer_figures.overview(space)}
+    if "trait" in space.dims:
+        drawn["traits"] = figures.trait_ranking(space, target)
     for name, view in _views(space).items():
         drawn[name] = figures.persona_map(space, target, components=view, responses=responses)
     layers = [int(layer) for layer in space["layer"].values]
@@ -211,12 +140,31 @@ def _page_data(space: xr.Dataset, samples: Mapping[str, Sample], target: int) ->
         "titles": [[figures.component_title(space, layer, c) for c in range(3)] for layer in layers],
         "score": [[charts.plain(score_R) for score_R in score_CR] for score_CR in figures.map_scores(space)],
         "position": [charts.plain(position_R) for position_R in figures.positions(space)],
+        "reach": [[charts.plain(reach_R, 3) for reach_R in reach_BR] for reach_BR in figures.reach(space)],
+        "traits": _traits(space),
         "rollout_role": rows[rows >= 0].tolist() if single else None,
         "rollout": None if single_NL is None else [charts.plain(x_N, 3) for x_N in single_NL.T],
         "quantiles": None if single else [
             [charts.plain(q_R, 3) for q_R in q_RQ.T] for q_RQ in figures.rollout_quantiles(space)
         ],
     }  # fmt: skip
+
+
+def _needed(space: xr.Dataset, target: int) -> list[tuple[float, int]]:
+    """Shares of the variance, and how many components hold them at the target layer."""
+    needed = space["components_needed"].sel(layer=target)
+    return [(float(share), int(count)) for share, count in zip(space["variance"].values, needed.values, strict=True)]
+
+
+def _traits(space: xr.Dataset) -> dict[str, object] | None:
+    """Names of the traits, and their cosines with the axis by layer."""
+    if "trait" not in space.dims:
+        return None
+    cosine_LT = space["trait_axis_cosine"].transpose("layer", "trait").values
+    return {
+        "names": [charts.label(str(trait)) for trait in space["trait"].values],
+        "cosine": [charts.plain(cosine_T, 3) for cosine_T in cosine_LT],
+    }
 
 
 def _default(space: xr.Dataset, samples: Mapping[str, Sample]) -> dict[str, str]:

@@ -17,55 +17,11 @@ import pytest
 import xarray as xr
 from playwright.sync_api import sync_playwright
 
-from personaspace.analysis import charts, figures
+from personaspace.analysis import charts, figures, measures
 from personaspace.analysis.report import Completeness, DroppedRollout, Sample, render_report
+from tests.analysis.spaces import build_space
 
-KINDS = {
-    "professional": "consultant teacher lawyer engineer librarian nurse analyst editor accountant scientist",
-    "everyday": "neighbour gardener grandmother student commuter cook tourist barista",
-    "dramatic": "detective pirate gladiator diva rebel jester hacker poet spy",
-    "fantastical": "ghost dragon oracle wizard vampire leviathan golem <script>window.hacked=1</script>",
-    "abstract": "river silence swarm entropy <img/src=x/onerror=window.hacked=1>",
-}
 QUESTION = "What should I do about a friend who never listens to my advice?"
-
-
-def build_space(layers: int = 30, rollouts_per_role: int = 12, components: int = 10) -> xr.Dataset:
-    """A space such as a small model gives: kinds line up along the axis, more clearly in the middle layers."""
-    rng = np.random.default_rng(7)
-    kind_of = {role: kind for kind, roles in KINDS.items() for role in roles.split()}
-    roles, L, R, K, T = list(kind_of), layers, len(kind_of), components, np.dtypes.StringDType()
-    strength_L = 0.25 + 0.75 * np.exp(-(((np.arange(L) - 0.6 * L) / (0.3 * L)) ** 2))
-    level_R = np.array([0.8 - 0.4 * list(KINDS).index(kind) for kind in kind_of.values()]) + rng.normal(0, 0.2, R)
-    position_RL = (level_R - level_R.mean())[:, None] * strength_L + rng.normal(0, 0.1, (R, L))
-    position_NL = np.vstack([position_RL, np.ones(L)]).repeat(rollouts_per_role, axis=0)
-    score_RLK = rng.normal(size=(R, L, K)) * 6 / np.sqrt(1 + np.arange(K))
-    score_RLK[..., 0] += 12 * position_RL
-    variance_LK = score_RLK.var(axis=0)
-    data: dict[str, Any] = {
-        "axis": (("layer", "hidden"), rng.normal(size=(L, 48))),
-        "explained_variance_ratio": (("layer", "component"), variance_LK / variance_LK.sum(1, keepdims=True)),
-        "role_score": (("role", "layer", "component"), score_RLK),
-        "default_score": (("layer", "component"), 20 * strength_L[:, None] / (1 + np.arange(K)) ** 2),
-        "role_position": (("role", "layer"), position_RL),
-        "rollout_position": (("rollout", "layer"), position_NL + rng.normal(0, 0.3, position_NL.shape)),
-    }
-    noise_L = 0.04 * rng.random(L)
-    measures = {"cos_axis_pc1": 0.9 * strength_L, "cos_null_p99": 0.7 + noise_L, "cos_random_p99": 0.1 + noise_L}
-    measures |= {"rank_correlation": 0.85 * strength_L, "rank_correlation_null_p99": 0.36 + noise_L}
-    measures |= {"kind_auc": 0.5 + 0.46 * strength_L, "kind_auc_null_p99": 0.68 + noise_L}
-    data |= {name: ("layer", value_L) for name, value_L in measures.items()}
-    coords = {
-        "role": np.array(roles, T),
-        "role_kind": ("role", np.array(list(kind_of.values()), T)),
-        "role_description": ("role", np.array([f"You are a {role}; never break character & co." for role in roles], T)),
-        "role_count": ("role", np.full(R, rollouts_per_role)),
-        "layer": np.arange(L),
-        "rollout_role": ("rollout", np.array([*roles, "default"], T).repeat(rollouts_per_role)),
-    }
-    attrs: dict[str, Any] = {"target_layer": L // 2, "default_count": rollouts_per_role, "null_permutations": 200}
-    attrs |= {"positive_kind": "professional", "negative_kind": "fantastical"}
-    return xr.Dataset(data, coords, attrs).astype(dict.fromkeys(data, np.float32))
 
 
 def render(space: xr.Dataset, **changes: Any) -> str:
@@ -138,7 +94,8 @@ def test_numbers_have_verdicts_and_responses_come_from_both_ends_and_the_middle(
     assert f"Held-out AUC at layer 15 {auc:.2f} ✓ above the null" in text
     assert f"null {null:.2f} (99th percentile of 200 permutations)" in text
     assert f"above its null at {int((space.kind_auc > space.kind_auc_null_p99).sum())} of 30 layers" in text
-    faint = {measure.name: 0.3 * space[measure.name] for measure in figures.MEASURES}
+    faint = {measure.name: 0.3 * space[measure.name] for measure in measures.MEASURES}
+    faint["default_auc_interval"] = 0.3 * space["default_auc_interval"]
     weak = text_of(render(space.assign(faint)))
     assert "not above the null: at this size the axis is not shown to tell professional from fantastical roles" in weak
     assert "not above the null: at this size the order of the roles is not shown to outlast a change" in weak
@@ -242,7 +199,7 @@ def until(tab: Any, truth: str) -> None:
 def test_every_chart_is_drawn_and_fits(open_page: Callable[..., Any], viewport: dict[str, int], scheme: str) -> None:
     tab = open_page(render(build_space()), viewport=viewport, scheme=scheme)
     widths = [box.bounding_box()["width"] for box in tab.locator(".main-svg:first-child").all()]
-    assert len(widths) == 7
+    assert len(widths) == 11
     assert all(200 < width <= viewport["width"] for width in widths)
     assert tab.locator("#map .points path").count() == 41
     assert tab.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
@@ -264,6 +221,11 @@ def test_layer_and_search_move_map_and_ranking_together(open_page: Callable[...,
         order = space.role[np.argsort(space.role_position.sel(layer=layer).values)].values
         ticks = tab.evaluate("$('ranking').layout.yaxis.ticktext")
         assert ticks == [*map(charts.label, order), "<b>default</b>"]
+        traits = space.trait[np.argsort(space.trait_axis_cosine.sel(layer=layer).values)].values
+        assert tab.evaluate("$('traits').layout.yaxis.ticktext") == [*map(charts.label, traits)]
+        assert tab.evaluate("$('ranking').data.at(-2).error_x.array")[0] == pytest.approx(
+            tab.evaluate("D.reach[at][0][$('ranking').data.at(-2).meta.roles[0]]")
+        )
         assert tab.inner_text("#layer-name") == str(layer) + (" (target)" if layer == 15 else "")
     tab.hover("#kind_auc .nsewdrag", position={"x": 100, "y": 60}, force=True)
     tab.wait_for_selector("#kind_auc .hoverlayer .legend")
