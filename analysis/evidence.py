@@ -9,7 +9,6 @@ tests with a known truth percentile intervals of the cosine never held it.) Shap
 """
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +27,7 @@ LEVEL = 0.95
 """Of the intervals."""
 RANGES = {"cos_axis_pc1": (0.0, 1.0), "kind_auc": (0.0, 1.0), "rank_correlation": (-1.0, 1.0)}
 """What each measure can be."""
+MEASURED = (*RANGES, "position_R")
 RESAMPLED = ("roles", "questions")
 """What the bootstrap draws anew."""
 
@@ -205,15 +205,21 @@ def basic_interval(observed: Floats, draws: Floats, items: int) -> tuple[Floats,
     """
     tail = (1 - LEVEL) / 2
     distance = (draws - observed) * math.sqrt(items / max(1, items - 1))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="All-NaN slice")
-        low, high = np.nanquantile(distance, [tail, 1 - tail], axis=0)
-    return observed - high, observed - low
+    return observed - _quantile(distance, 1 - tail), observed - _quantile(distance, tail)
+
+
+def _quantile(draws: Floats, quantile: float) -> Floats:
+    """The quantile over axis 0 of the draws that have a value; NaN where none has."""
+    known = np.isfinite(draws).any(axis=0)
+    found: Floats = np.full(draws.shape[1:], math.nan)
+    if known.any():
+        found[known] = np.nanquantile(draws[:, known], quantile, axis=0)
+    return found
 
 
 def _intervals(observed: Measures, draws: Sequence[Measures], items: int) -> tuple[Measures, Measures]:
     ends: tuple[dict[str, Floats], dict[str, Floats]] = ({}, {})
-    for name in (*RANGES, "position_R"):
+    for name in MEASURED:
         values = np.array([getattr(draw, name) for draw in draws])
         found = basic_interval(np.asarray(getattr(observed, name)), values, items)
         for end, value in zip(ends, found, strict=True):
@@ -224,13 +230,8 @@ def _intervals(observed: Measures, draws: Sequence[Measures], items: int) -> tup
 
 def _quantiles(draws: Sequence[Measures]) -> Measures:
     """The quantile of each measure's null, over the draws that have it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="All-NaN slice")
-        found = {
-            name: np.nanquantile([getattr(draw, name) for draw in draws], QUANTILE, axis=0)
-            for name in (*RANGES, "position_R")
-        }
-    return Measures(**found)
+    found = {name: _quantile(np.array([getattr(draw, name) for draw in draws]), QUANTILE) for name in MEASURED}
+    return Measures(**found)  # type: ignore[arg-type]
 
 
 def spearman(a: Floats, b: Floats) -> Floats:
