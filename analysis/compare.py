@@ -1,12 +1,12 @@
 """Fitted runs beside each other: base against instruct, model against model, one set of prompts against another.
 
-Only what the runs share is compared: roles by their ids, layers by relative depth. The paper (arXiv 2601.10387,
-section 3) compares models by the correlation of the roles' loadings on PC1, above 0.92 for each of its pairs.
+Only what the runs share is compared (``pairing``): roles by their ids, layers by relative depth. The paper (arXiv
+2601.10387, section 3) compares models by the correlation of the roles' loadings on PC1, above 0.92 for its pairs.
 Shape suffixes: R common roles, L layers of the first run, D hidden, C components, P permutations.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -16,38 +16,15 @@ from numpy.typing import NDArray
 from scipy.stats import beta
 
 from personaspace.analysis import similarity
+from personaspace.analysis.pairing import Fitted, common_roles, layer_pairs
 from personaspace.analysis.similarity import Floats, Indices
 from personaspace.store.errors import InputError
 from personaspace.store.layout import ranges
 
 QUANTILE = 0.99
 """Of the nulls."""
-LEAST_ROLES = 3
 NULLS = ("any", "kind")
 """Roles relabelled freely, and only among roles of one kind: what the kinds alone explain."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fitted:
-    """A run with its fit, as a comparison sees it."""
-
-    name: str
-    """What the comparison calls it; no two runs share a name."""
-    space: xr.Dataset
-    """The fit, as ``open_space`` gives it; may be lazy."""
-    depth: int
-    """Layers that the model has, stored or not."""
-    identity: Mapping[str, Any] = field(default_factory=dict)
-    """The identity of its manifest: model, generation, extraction."""
-
-    @property
-    def target(self) -> int:
-        """The layer that its report opens with."""
-        return int(self.space.attrs["target_layer"])
-
-    def relative(self, layer: int) -> float:
-        """Where a layer lies in the model: 0 is the first, 1 the last."""
-        return layer / max(1, self.depth - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,46 +50,6 @@ MEASURES = (
 )
 
 
-def common_roles(a: Fitted, b: Fitted) -> list[str]:
-    """Roles that both axes rest on, in the order of the first. Raises InputError if they are fewer than three.
-
-    Where a judge's scores split a role, that is the part that fully plays it; the other is not counted twice.
-    """
-    theirs = set(_axis_roles(b.space))
-    common = [role for role in _axis_roles(a.space) if role in theirs]
-    if len(common) < LEAST_ROLES:
-        raise InputError(
-            f"compare: {a.name} and {b.name} have {len(common)} roles in common ({', '.join(common) or 'none'}); at "
-            f"least {LEAST_ROLES} are needed. Roles are matched by their ids: compare runs of one catalogue."
-        )
-    return common
-
-
-def _axis_roles(space: xr.Dataset) -> list[str]:
-    levels = space["role_level"].values if "role_level" in space.coords else [""] * space.sizes["role"]
-    return [str(role) for role, level in zip(space["role"].values, levels, strict=True) if level != "somewhat"]
-
-
-def layer_pairs(a: Fitted, b: Fitted) -> list[tuple[int, int]]:
-    """Each layer of the first run with the layer of the second at the nearest relative depth.
-
-    Layers whose neighbours the second run has not stored are left out. Raises InputError if that leaves none.
-    """
-    theirs = [int(layer) for layer in b.space["layer"].values]
-    found = []
-    for layer in (int(value) for value in a.space["layer"].values):
-        distance, nearest = min((abs(b.relative(other) - a.relative(layer)), other) for other in theirs)
-        if distance <= 0.5 / max(1, min(a.depth, b.depth) - 1) + 1e-9:
-            found.append((layer, nearest))
-    if not found:
-        ours = ranges([int(layer) for layer in a.space["layer"].values])
-        raise InputError(
-            f"compare: {a.name} has layers {ours} of {a.depth} and {b.name} {ranges(theirs)} of {b.depth}: none "
-            "at like depths. Grow one of the runs by layers: `extract.layers`."
-        )
-    return found
-
-
 def compare_pair(a: Fitted, b: Fitted, *, components: int = 5, permutations: int = 500, seed: int = 0) -> xr.Dataset:
     """All measures of two runs, float64, along ``place``: a layer of the first and its counterpart in the second.
 
@@ -122,7 +59,7 @@ def compare_pair(a: Fitted, b: Fitted, *, components: int = 5, permutations: int
     use ``components`` leading components. Raises InputError where the runs share too little.
     """
     roles, pairs = common_roles(a, b), layer_pairs(a, b)
-    ours, theirs = (run.space.sel(role=_rows(run.space, roles)) for run in (a, b))
+    ours, theirs = (_small_in_memory(run.space.sel(role=_rows(run.space, roles))) for run in (a, b))
     kinds = [str(kind) for kind in ours["role_kind"].values]
     generator = np.random.default_rng(seed)
     dealt = [similarity.relabellings(groups, permutations, generator) for groups in ([""] * len(roles), kinds)]
@@ -171,6 +108,11 @@ def compare_pair(a: Fitted, b: Fitted, *, components: int = 5, permutations: int
 def _rows(space: xr.Dataset, roles: Sequence[str]) -> list[Any]:
     own = {str(role): role for role in space["role"].values}
     return [own[role] for role in roles]
+
+
+def _small_in_memory(space: xr.Dataset) -> xr.Dataset:
+    # Else each place reads its own small pieces, which an object store answers one by one.
+    return space.assign({name: space[name].compute() for name in ("role_score", "role_position", "axis")})
 
 
 def _index(space: xr.Dataset, layer: int) -> int:

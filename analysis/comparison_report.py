@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from personaspace.analysis import charts
-from personaspace.analysis.compare import MEASURES, Fitted, Measure, Pair
+from personaspace.analysis.compare import MEASURES, Measure, Pair
 from personaspace.analysis.comparison_figures import cka_map, curve, scatter
 from personaspace.analysis.movers import movers
 from personaspace.analysis.page import render_page
+from personaspace.analysis.pairing import Fitted
 from personaspace.analysis.report import Sample
 
 MARK = '<meta name="generator" content="personaspace compare">'

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from personaspace.analysis.compare import Fitted
+from personaspace.analysis.pairing import Fitted
 from personaspace.analysis.report import Sample
 from personaspace.store.errors import InputError
 from personaspace.store.formats.role_names import DEFAULT_ROLE

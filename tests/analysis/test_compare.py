@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from personaspace.analysis.compare import MEASURES, Fitted, common_roles, compare, compare_pair, layer_pairs
+from personaspace.analysis.compare import MEASURES, compare, compare_pair
 from personaspace.analysis.comparison_runs import basis, differences, open_runs, samples
 from personaspace.analysis.comparison_tables import TABLES, document, tables
 from personaspace.analysis.movers import movers
+from personaspace.analysis.pairing import Fitted, common_roles, layer_pairs
 from personaspace.store.errors import InputError
 from personaspace.store.local import LocalFolder
 from tests.analysis.fitted_runs import ROLES, write_fitted

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from personaspace.analysis import charts
-from personaspace.analysis.compare import MEASURES, Fitted, compare
+from personaspace.analysis.compare import MEASURES, compare
 from personaspace.analysis.comparison_report import MARK, Beside, Source, render_comparison
 from personaspace.analysis.comparison_runs import open_runs
+from personaspace.analysis.pairing import Fitted
 from personaspace.analysis.report import Sample
 from personaspace.store.local import LocalFolder
 from tests.analysis.fitted_runs import write_fitted
