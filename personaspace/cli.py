@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from personaspace.caps_cli import add_caps, run_caps
+from personaspace.compare_cli import add_compare, run_compare
 from personaspace.config import load_config, print_flags
 from personaspace.judge_cli import COMMANDS as JUDGING
 from personaspace.judge_cli import add_judging, run_judging
@@ -40,6 +41,7 @@ examples:
   personaspace timeline runs/demo --html timeline.html
   personaspace quality runs/demo --examples 2
   personaspace caps runs/demo --output capping.pt
+  personaspace compare runs/base runs/instruct
   personaspace personas show ghost
   personaspace judge runs/demo --model gpt-4.1-mini --dry-run
   personaspace store ls runs
@@ -83,6 +85,8 @@ def _dispatch(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
         return run_quality(parsed, flags)
     if parsed.command == "caps":
         return run_caps(parsed, flags)
+    if parsed.command == "compare":
+        return run_compare(parsed, flags)
     if parsed.command == "plan":
         run_plan(parsed, flags)
         return 0
@@ -148,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     add_judging(commands)
     add_quality(commands)
     add_caps(commands)
+    add_compare(commands)
     add_commands(commands)
     return parser
 

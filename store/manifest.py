@@ -165,14 +165,19 @@ def check_identity(folder: Folder, existing: Manifest, planned: Mapping[str, Any
 
 def identity_diff(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """Lines ``key: stored -> asked`` for every leaf that differs."""
+    return [f"{key}: {before} -> {after}" for key, before, after in identity_changes(stored, asked)]
+
+
+def identity_changes(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(key, value in ``stored``, value in ``asked``) of every leaf that differs; values as JSON, or `(absent)`."""
     flat_stored, flat_asked = dict(_leaves(stored)), dict(_leaves(asked))
-    lines = []
+    changes = []
     for key in sorted(flat_stored.keys() | flat_asked.keys()):
         # Compared as JSON, since that is what the hash sees: 1 and 1.0 differ.
         before, after = (json.dumps(flat[key]) if key in flat else "(absent)" for flat in (flat_stored, flat_asked))
         if before != after:
-            lines.append(f"{key}: {before} -> {after}")
-    return lines
+            changes.append((key, before, after))
+    return changes
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

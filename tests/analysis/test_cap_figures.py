@@ -11,7 +11,7 @@ from personaspace.analysis.caps import compute_caps
 from personaspace.analysis.charts import CLEAR, DARK
 from personaspace.store.local import LocalFolder
 from personaspace.store.space import open_space
-from tests.analysis.fitted_runs import write_fitted
+from tests.analysis.small_fit import write_fitted
 
 
 @pytest.fixture(scope="module")

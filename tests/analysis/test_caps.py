@@ -24,7 +24,7 @@ from personaspace.store.formats.directions import CappingConfig
 from personaspace.store.local import LocalFolder
 from personaspace.store.manifest import require_manifest
 from personaspace.store.space import open_space, save_space
-from tests.analysis.fitted_runs import DROPPED, LAYOUT, write_fitted
+from tests.analysis.small_fit import DROPPED, LAYOUT, write_fitted
 
 Floats = NDArray[np.float64]
 RANGES = [range(4, 7), range(7, 8)]
