@@ -1,14 +1,10 @@
 """Plotly figures of a persona space: pure functions of the dataset that the report, or a notebook, draws.
 
 Every figure is complete for the layer it is asked for, on a transparent ground and in the light palette. The report
-refills `x`, `y`, `z`, `marker.color` and the tick labels for another layer and swaps colours by `DARK`; the `meta` of
-a trace says which part of the chart it is. All text from catalogues and models is HTML-escaped here, because Plotly
-reads labels and hovers as a small HTML. Shape suffixes: R roles and then default, L layers, C components, N rollouts.
+refills `x`, `y`, `z`, `marker.color` and the tick labels for another layer and swaps colours; the `meta` of a trace
+says which part of the chart it is. Shape suffixes: R roles and then default, L layers, C components, N rollouts.
 """
 
-import html
-import itertools
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,24 +13,28 @@ import plotly.graph_objects as go
 import xarray as xr
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from personaspace.analysis.charts import (
+    AMBER,
+    AWAY_DEEP,
+    BAND,
+    BLUE,
+    INK,
+    MIDDLE,
+    MUTED,
+    PAPER,
+    STRIP,
+    TOWARDS_DEEP,
+    VERMILLION,
+    Floats,
+    chart,
+    kind_styles,
+    label,
+    line,
+    plain,
+    quoted,
+    wrapped,
+)
 
-INK, MUTED, GRID = "#1d2327", "#5b6670", "#e3e6e9"
-BLUE, GREEN, PURPLE, VERMILLION, AMBER = "#0072b2", "#009e73", "#b5578a", "#d55e00", "#b98300"  # after Okabe and Ito
-BAND, STRIP, PAPER, MIDDLE = "rgba(110,120,130,0.16)", "rgba(70,80,90,0.38)", "#ffffff", "#c9ced3"
-AWAY_DEEP, TOWARDS_DEEP, CLEAR = "#a34700", "#00507d", "rgba(0,0,0,0)"
-
-DARK: Mapping[str, str] = {
-    INK: "#e7eaec", MUTED: "#a5afb8", GRID: "#2c3239", PAPER: "#14171a", MIDDLE: "#5d656d", BLUE: "#56b4e9",
-    GREEN: "#2fc79b", PURPLE: "#e08fbd", VERMILLION: "#ff8a3d", AMBER: "#e6b422", AWAY_DEEP: "#ffb27d",
-    TOWARDS_DEEP: "#a5dbfa", BAND: "rgba(150,160,170,0.20)", STRIP: "rgba(190,200,210,0.38)",
-}  # fmt: skip
-"""Light colour -> its counterpart on a dark page. Every colour a figure uses is a key."""
-
-KIND_STYLES: Mapping[str, tuple[str, str]] = {
-    "professional": (BLUE, "circle"), "everyday": (GREEN, "square"), "dramatic": (PURPLE, "diamond"),
-    "fantastical": (VERMILLION, "triangle-up"), "abstract": (AMBER, "x"), "unknown": (MUTED, "circle"),
-}  # fmt: skip
 MAP_HOVER = "<b>%{customdata[0]}</b> (%{customdata[1]})<br>position %{customdata[3]:.2f}<br>%{customdata[2]}"
 POSITION_SCALE = [[0.0, AWAY_DEEP], [0.25, VERMILLION], [0.5, MIDDLE], [0.75, BLUE], [1.0, TOWARDS_DEEP]]
 STRIP_LIMIT = 5000
@@ -63,40 +63,6 @@ MEASURES = (
     Measure(name="rank_correlation", label="Split-half rank correlation", null="rank_correlation_null_p99", chance=0),
     Measure(name="cos_axis_pc1", label="|cos(axis, PC1)|", null="cos_null_p99", random="cos_random_p99", chance=0),
 )
-
-
-def kind_styles(kinds: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and symbol of each kind, known kinds first; a kind we do not know takes the next style that is free."""
-    present = set(kinds)
-    styles = {kind: style for kind, style in KIND_STYLES.items() if kind in present}
-    symbols = itertools.cycle(["star-diamond", "pentagon", "hexagon", "triangle-down", "bowtie", "cross"])
-    spare = itertools.cycle([GREEN, PURPLE, AMBER, BLUE, VERMILLION])
-    return styles | {kind: (next(spare), next(symbols)) for kind in sorted(present - set(styles))}
-
-
-def clip(text: str, limit: int = 280) -> str:
-    """The text on one line, cut at `limit` characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= limit else line[:limit].rstrip() + "…"
-
-
-def label(role: str, limit: int = 32) -> str:
-    """A role's name as the charts write it. Plotly knows no &quot;, so quotes stay as they are."""
-    return html.escape(clip(role, limit), quote=False)
-
-
-def _wrapped(text: str, limit: int) -> str:
-    # Wrap before escaping, so that no entity is cut in two.
-    return "<br>".join(html.escape(line, quote=False) for line in textwrap.wrap(clip(text, limit), 44)) + "<br>"
-
-
-def _quoted(response: str | None) -> str:
-    return "" if response is None else f"<i>{_wrapped('“' + clip(response) + '”', 290)}</i>"
-
-
-def plain(values: Floats, digits: int = 4) -> list[float | None]:
-    """Numbers for JSON, which knows no NaN, with as many digits as a chart can show: that keeps the page small."""
-    return [float(f"{value:.{digits}g}") if np.isfinite(value) else None for value in values]
 
 
 def layer_index(space: xr.Dataset, layer: int) -> int:
@@ -147,26 +113,6 @@ def _variance(space: xr.Dataset) -> Floats:
     return space["explained_variance_ratio"].transpose("layer", "component").values.astype(np.float64)
 
 
-def _figure(traces: Sequence[object], *, height: int, **layout: object) -> go.Figure:
-    # The stock template weighs 7 kB a figure and fights the page's colours.
-    figure = go.Figure(traces, {"template": go.layout.Template(), "height": height, "dragmode": False})
-    axis = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "automargin": True, "fixedrange": True}
-    axis |= {"title": {"font": {"size": 12}}, "tickangle": 0}
-    return figure.update_layout(
-        {"paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR, "xaxis": axis, "yaxis": axis},
-        margin={"l": 48, "r": 16, "t": 28, "b": 44},
-        font={"family": "system-ui, sans-serif", "size": 12, "color": INK},
-        hoverlabel={"align": "left", "bgcolor": PAPER, "bordercolor": MUTED, "font": {"color": INK}},
-        legend={"orientation": "h", "x": 0, "y": 1.04, "yanchor": "bottom"},
-        modebar={"bgcolor": CLEAR, "color": MUTED, "activecolor": INK},
-    ).update_layout(layout)
-
-
-def _line(x: Sequence[object], y: Sequence[object], colour: str, width: float, **more: object) -> go.Scatter:
-    more = {"mode": "lines", "hoverinfo": "skip", **more}
-    return go.Scatter(x=x, y=y, line={"color": colour, "width": width, "dash": more.pop("dash", "solid")}, **more)
-
-
 def persona_map(
     space: xr.Dataset, layer: int, *, components: Sequence[int] = (0, 1), responses: Mapping[str, str] | None = None
 ) -> go.Figure:
@@ -176,10 +122,10 @@ def persona_map(
     kinds = [str(kind) for kind in space["role_kind"].values]
     cards: list[list[object]] = []
     for row, (role, kind) in enumerate(zip(space["role"].values, kinds, strict=True)):
-        about = _wrapped(str(space["role_description"].values[row]), 140) + _quoted(responses.get(str(role)))
+        about = wrapped(str(space["role_description"].values[row]), 140) + quoted(responses.get(str(role)))
         count = f"{kind}, {int(space['role_count'].values[row])} rollouts"
         cards.append([label(str(role)), label(count), about, round(float(position_R[row]), 3), row])
-    own_card = ["default", f"{space.attrs['default_count']} rollouts", _quoted(responses.get("default")), 1, len(kinds)]
+    own_card = ["default", f"{space.attrs['default_count']} rollouts", quoted(responses.get("default")), 1, len(kinds)]
     span = round(float(np.nanmax(np.abs(position_R), initial=0.1)), 2)
     title = {"text": "position (0 mean role, 1 default)", "side": "top", "font": {"size": 12}}
     bar = {"orientation": "h", "thickness": 8, "lenmode": "pixels", "len": 230, "nticks": 5, "outlinewidth": 0}
@@ -203,11 +149,11 @@ def persona_map(
     if flat:
         free = {"zeroline": False, "fixedrange": False}
         axes = {f"{key}axis": free | {"title": title} for key, title in titles}
-        return _figure(traces, height=600, showlegend=False, dragmode="zoom", margin_t=30, **axes)
+        return chart(traces, height=600, showlegend=False, dragmode="zoom", margin_t=30, **axes)
     grid = {"gridcolor": MUTED, "zerolinecolor": MUTED, "color": INK, "showbackground": False}
     scene: dict[str, object] = {f"{key}axis": grid | {"title": title} for key, title in titles}
     scene |= {"aspectmode": "cube", "camera": {"eye": {"x": 1.3, "y": -1.5, "z": 0.6}, "center": {"z": -0.12}}}
-    return _figure(traces, height=600, showlegend=False, scene=scene, margin={"l": 0, "r": 0, "t": 30, "b": 0})
+    return chart(traces, height=600, showlegend=False, scene=scene, margin={"l": 0, "r": 0, "t": 30, "b": 0})
 
 
 def ranking(space: xr.Dataset, layer: int) -> go.Figure:
@@ -220,7 +166,7 @@ def ranking(space: xr.Dataset, layer: int) -> go.Figure:
     y = np.repeat(height_R, 3).tolist()  # start, end and gap of each row's line
     # Lines of reference are traces, because Plotly draws a shape behind the grid.
     more = {"showlegend": False, "meta": {"part": "rule"}}
-    traces = [_line([x, x], [-0.8, n + 0.8], MUTED, 1, dash=dash, **more) for x, dash in ((0, "solid"), (1, "dot"))]
+    traces = [line([x, x], [-0.8, n + 0.8], MUTED, 1, dash=dash, **more) for x, dash in ((0, "solid"), (1, "dot"))]
     if space.sizes["rollout"] <= STRIP_LIMIT:
         rows = rollout_rows(space)
         x = plain(space["rollout_position"].isel(layer=at).values[rows >= 0], 3)
@@ -231,9 +177,9 @@ def ranking(space: xr.Dataset, layer: int) -> go.Figure:
         quantiles_RQ = np.pad(rollout_quantiles(space)[at], ((0, 0), (0, 1)), constant_values=np.nan)
         for low, high, width, name in ((0, 3, 2, "5 to 95% of rollouts"), (1, 2, 7, "25 to 75% of rollouts")):
             x = plain(quantiles_RQ[:, [low, high, -1]].ravel())
-            traces.append(_line(x, y, STRIP, width, name=name, meta={"part": "band", "band": [low, high]}))
+            traces.append(line(x, y, STRIP, width, name=name, meta={"part": "band", "band": [low, high]}))
     x = plain(np.stack([np.zeros(n), position_R[:n], np.full(n, np.nan)], axis=1).ravel())
-    traces.append(_line(x, y[: 3 * n], MIDDLE, 1.5, showlegend=False, meta={"part": "stem"}))
+    traces.append(line(x, y[: 3 * n], MIDDLE, 1.5, showlegend=False, meta={"part": "stem"}))
     kinds = np.array([str(kind) for kind in space["role_kind"].values])
     groups = [(label(k), *style, np.flatnonzero(kinds == k)) for k, style in kind_styles(kinds.tolist()).items()]
     for name, colour, symbol, members in [*groups, ("default", INK, "star", np.array([n]))]:
@@ -244,7 +190,7 @@ def ranking(space: xr.Dataset, layer: int) -> go.Figure:
         traces.append(go.Scatter(**dots, marker=marker, name=name))
     yaxis = {"tickvals": list(range(n + 1)), "ticktext": [names[row] for row in order], "range": [-0.8, n + 0.8]}
     height = 80 + (22 if n <= 60 else 16) * (n + 2)
-    figure = _figure(traces, height=height, yaxis=yaxis, margin={"l": 60, "t": 56, "b": 12})
+    figure = chart(traces, height=height, yaxis=yaxis, margin={"l": 60, "t": 56, "b": 12})
     note = {"y": 1, "yref": "paper", "yanchor": "bottom", "yshift": 20, "showarrow": False}
     figure.add_annotation(x=0, text="mean role", xanchor="right", xshift=12, **note)
     figure.add_annotation(x=1, text="default", xanchor="left", xshift=-12, **note)
@@ -258,13 +204,13 @@ def evidence(space: xr.Dataset, measure: Measure) -> go.Figure | None:
         return None
     shown = {"hoverinfo": None, "hovertemplate": "%{y:.2f}"}
     null = {"fill": "tonexty", "fillcolor": BAND, "name": "null, 99th percentile", "dash": "dot", **shown}
-    chance = _line(layers, [measure.chance] * len(layers), MUTED, 0, showlegend=False)
-    traces = [chance, _line(layers, plain(space[measure.null].values), MUTED, 1, **null)]
+    chance = line(layers, [measure.chance] * len(layers), MUTED, 0, showlegend=False)
+    traces = [chance, line(layers, plain(space[measure.null].values), MUTED, 1, **null)]
     if measure.random is not None:
         random = {"name": "random directions, 99th percentile", "dash": "dash", **shown}
-        traces.append(_line(layers, plain(space[measure.random].values), AMBER, 1.5, **random))
+        traces.append(line(layers, plain(space[measure.random].values), AMBER, 1.5, **random))
     own = {"mode": "lines+markers", "marker": {"size": 5}, "name": measure.label, **shown}
-    traces.append(_line(layers, plain(value_L), BLUE, 2.5, **own))
+    traces.append(line(layers, plain(value_L), BLUE, 2.5, **own))
     return _per_layer(space, traces, min(float(np.nanmin(value_L)), measure.chance) - 0.06, 1.04)
 
 
@@ -273,10 +219,10 @@ def _per_layer(space: xr.Dataset, traces: list[go.Scatter], low: float, high: fl
     side = "left" if target > space["layer"].values.mean() else "right"  # away from the edge of the chart
     note = {"mode": "lines+text", "text": ["", f" target {target} ", ""], "textposition": f"middle {side}"}
     y = [low, low + 0.03 * (high - low), high]
-    traces.append(_line([target] * 3, y, MUTED, 1, textfont={"color": MUTED}, showlegend=False, **note))
+    traces.append(line([target] * 3, y, MUTED, 1, textfont={"color": MUTED}, showlegend=False, **note))
     xaxis = {"title": {"text": "layer"}, "unifiedhovertitle": {"text": "layer %{x}"}}
     yaxis = {"range": [low, high], "zeroline": False} | yaxis
-    return _figure(traces, height=290, hovermode="x unified", xaxis=xaxis, yaxis=yaxis)
+    return chart(traces, height=290, hovermode="x unified", xaxis=xaxis, yaxis=yaxis)
 
 
 def scree(space: xr.Dataset, layer: int) -> go.Figure:
@@ -284,7 +230,7 @@ def scree(space: xr.Dataset, layer: int) -> go.Figure:
     ratio_C = _variance(space)[layer_index(space, layer)]
     bar = go.Bar(x=list(range(1, len(ratio_C) + 1)), y=plain(ratio_C), marker={"color": BLUE}, hoverinfo="y")
     xaxis, yaxis = {"title": {"text": "component"}, "dtick": 1}, {"tickformat": ".0%", "hoverformat": ".1%"}
-    return _figure([bar], height=290, xaxis=xaxis, yaxis=yaxis)
+    return chart([bar], height=290, xaxis=xaxis, yaxis=yaxis)
 
 
 def cumulative_variance(space: xr.Dataset) -> go.Figure:
@@ -295,5 +241,5 @@ def cumulative_variance(space: xr.Dataset) -> go.Figure:
     traces = []
     for count in (c for c in (1, 2, 3, 5, 10) if c <= total_LC.shape[1]):
         y, text = plain(total_LC[:, count - 1]), [""] * (len(layers) - 1) + [str(count)]
-        traces.append(_line(layers, y, BLUE, 1 + 1.5 / count, text=text, name=f"first {count}", **shown))
+        traces.append(line(layers, y, BLUE, 1 + 1.5 / count, text=text, name=f"first {count}", **shown))
     return _per_layer(space, traces, 0, 1.06 * float(total_LC.max()), tickformat=".0%").update_layout(margin_r=28)

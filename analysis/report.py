@@ -5,19 +5,15 @@ All text from models and catalogues is escaped, and a content security policy wi
 scripts keeps the browser from running or fetching anything else.
 """
 
-import base64
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import xarray as xr
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
-from personaspace.analysis import figures
+from personaspace.analysis import charts, figures
 from personaspace.analysis.figures import Measure
+from personaspace.analysis.page import render_page
 from personaspace.analysis.quality.section import QualitySection
 
 DROPPED_SHOWN = 200
@@ -114,51 +110,28 @@ def render_report(
     """
     target = int(space.attrs["target_layer"])
     figures.layer_index(space, target)
-    environment = Environment(
-        loader=PackageLoader("personaspace.analysis", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    environment.filters["csp_hash"] = _csp_hash
-    page = environment.get_template("report.html.j2").render(
+    return render_page(
+        "report.html.j2",
         title=title,
         quality=quality,
         target=target,
         space=space,
         model=next((value for label, value in provenance if label.lower() == "model"), None),
-        plotly_script=Markup(get_plotlyjs()),
         findings=[_finding(space, measure, target) for measure in figures.MEASURES],
         data=_page_data(space, samples, target),
         views=_views(space),
-        kinds=_legend(space),
+        kinds=charts.legend([str(kind) for kind in space["role_kind"].values]),
         strips=space.sizes["rollout"] <= figures.STRIP_LIMIT,
-        dark=figures.DARK,
         sample_groups=_sample_groups(space, samples, target),
         provenance=provenance,
         dropped=dropped[:DROPPED_SHOWN],
         dropped_more=max(0, len(dropped) - DROPPED_SHOWN),
         completeness=completeness,
     )
-    # A lone surrogate in a model's text could not be written as UTF-8.
-    return page.encode("utf-8", "replace").decode("utf-8")
-
-
-def _csp_hash(script: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _views(space: xr.Dataset) -> dict[str, tuple[int, ...]]:
     return {name: view for name, view in MAP_VIEWS.items() if max(view) < max(2, space.sizes["component"])}
-
-
-def _legend(space: xr.Dataset) -> list[tuple[str, str, str, str]]:
-    glyphs = {"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲", "x": "✖", "star-diamond": "✦"}
-    glyphs |= {"pentagon": "⬟", "hexagon": "⬢", "triangle-down": "▼", "bowtie": "⧓", "cross": "✚"}
-    styles = figures.kind_styles([str(kind) for kind in space["role_kind"].values])
-    return [(kind, glyphs[symbol], colour, figures.DARK[colour]) for kind, (colour, symbol) in styles.items()]
 
 
 def _finding(space: xr.Dataset, measure: Measure, target: int) -> Finding:
@@ -229,19 +202,19 @@ def _page_data(space: xr.Dataset, samples: Mapping[str, Sample], target: int) ->
     single_NL = space["rollout_position"].transpose("rollout", "layer").values[rows >= 0] if single else None
     return {
         "figures": {name: figure.to_plotly_json() for name, figure in drawn.items() if figure is not None},
-        "dark": figures.DARK,
+        "dark": charts.DARK,
         "views": _views(space),
         "first_view": next(iter(_views(space))),
         "layers": layers,
         "target": layers.index(target),
         "roles": [_role(space, row, samples) for row in range(space.sizes["role"])] + [_default(space, samples)],
         "titles": [[figures.component_title(space, layer, c) for c in range(3)] for layer in layers],
-        "score": [[figures.plain(score_R) for score_R in score_CR] for score_CR in figures.map_scores(space)],
-        "position": [figures.plain(position_R) for position_R in figures.positions(space)],
+        "score": [[charts.plain(score_R) for score_R in score_CR] for score_CR in figures.map_scores(space)],
+        "position": [charts.plain(position_R) for position_R in figures.positions(space)],
         "rollout_role": rows[rows >= 0].tolist() if single else None,
-        "rollout": None if single_NL is None else [figures.plain(x_N, 3) for x_N in single_NL.T],
+        "rollout": None if single_NL is None else [charts.plain(x_N, 3) for x_N in single_NL.T],
         "quantiles": None if single else [
-            [figures.plain(q_R, 3) for q_R in q_RQ.T] for q_RQ in figures.rollout_quantiles(space)
+            [charts.plain(q_R, 3) for q_R in q_RQ.T] for q_RQ in figures.rollout_quantiles(space)
         ],
     }  # fmt: skip
 
@@ -256,14 +229,14 @@ def _default(space: xr.Dataset, samples: Mapping[str, Sample]) -> dict[str, str]
 def _role(space: xr.Dataset, row: int, samples: Mapping[str, Sample]) -> dict[str, str]:
     name, kind, about = (str(space[key].values[row]) for key in ("role", "role_kind", "role_description"))
     kind = f"{kind}, {int(space['role_count'].values[row])} rollouts"
-    names = {"name": name, "label": figures.label(name), "short": figures.label(name, 16)}
-    return names | {"kind": kind, "about": figures.clip(about, 400)} | _said(samples.get(name))
+    names = {"name": name, "label": charts.label(name), "short": charts.label(name, 16)}
+    return names | {"kind": kind, "about": charts.clip(about, 400)} | _said(samples.get(name))
 
 
 def _said(sample: Sample | None) -> dict[str, str]:
     if sample is None:
         return {"question": "", "response": "No response of this role was kept for the report."}
-    return {"question": figures.clip(sample.question), "response": figures.clip(sample.response, 600)}
+    return {"question": charts.clip(sample.question), "response": charts.clip(sample.response, 600)}
 
 
 def _sample_groups(space: xr.Dataset, samples: Mapping[str, Sample], target: int) -> list[tuple[str, list[SampleRow]]]:

@@ -17,7 +17,7 @@ import pytest
 import xarray as xr
 from playwright.sync_api import sync_playwright
 
-from personaspace.analysis import figures
+from personaspace.analysis import charts, figures
 from personaspace.analysis.report import Completeness, DroppedRollout, Sample, render_report
 
 KINDS = {
@@ -180,7 +180,7 @@ def test_small_and_incomplete_runs_have_a_page_too() -> None:
 def test_every_colour_has_a_counterpart_in_the_dark() -> None:
     space = build_space().assign_coords(role_kind=("role", [f"kind {i % 9}" for i in range(40)]))
     drawn = json.dumps(data_of(render(space))["figures"])
-    assert set(re.findall(r"#[0-9a-f]{6}|rgba\([^)]*\)", drawn)) <= set(figures.DARK) | {figures.CLEAR}
+    assert set(re.findall(r"#[0-9a-f]{6}|rgba\([^)]*\)", drawn)) <= set(charts.DARK) | {charts.CLEAR}
 
 
 def test_many_rollouts_become_quantiles() -> None:
@@ -263,7 +263,7 @@ def test_layer_and_search_move_map_and_ranking_together(open_page: Callable[...,
         until(tab, f"$('map').data[0].x[0] === D.score[{layer}][0][0]")
         order = space.role[np.argsort(space.role_position.sel(layer=layer).values)].values
         ticks = tab.evaluate("$('ranking').layout.yaxis.ticktext")
-        assert ticks == [*map(figures.label, order), "<b>default</b>"]
+        assert ticks == [*map(charts.label, order), "<b>default</b>"]
         assert tab.inner_text("#layer-name") == str(layer) + (" (target)" if layer == 15 else "")
     tab.hover("#auc .nsewdrag", position={"x": 100, "y": 60}, force=True)
     tab.wait_for_selector("#auc .hoverlayer .legend")
