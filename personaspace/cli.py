@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from personaspace.config import load_config, print_flags
+from personaspace.drift_cli import add_drift, run_drift
 from personaspace.judge_cli import COMMANDS as JUDGING
 from personaspace.judge_cli import add_judging, run_judging
 from personaspace.new_cli import add_new_command, run_new
@@ -38,6 +39,7 @@ examples:
   personaspace status s3://bucket/runs/demo --watch
   personaspace timeline runs/demo --html timeline.html
   personaspace quality runs/demo --examples 2
+  personaspace drift runs/conversations --space runs/demo
   personaspace personas show ghost
   personaspace judge runs/demo --model gpt-4.1-mini --dry-run
   personaspace store ls runs
@@ -79,6 +81,8 @@ def _dispatch(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
         return run_judging(parsed, flags)
     if parsed.command == "quality":
         return run_quality(parsed, flags)
+    if parsed.command == "drift":
+        return run_drift(parsed, flags)
     if parsed.command == "plan":
         run_plan(parsed, flags)
         return 0
@@ -143,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     add_watching(commands)
     add_judging(commands)
     add_quality(commands)
+    add_drift(commands)
     add_commands(commands)
     return parser
 
