@@ -14,6 +14,7 @@ from markupsafe import Markup
 from personaspace.analysis import charts
 from personaspace.analysis.drift import Movement, movements
 from personaspace.analysis.drift_run import Talk
+from personaspace.analysis.drift_tables import name_of
 from personaspace.analysis.page import render_page
 
 SHOWN = 120
@@ -75,12 +76,6 @@ def choose(drift: xr.Dataset) -> list[int]:
     others = order[EXTREMES:]
     even = others[np.linspace(0, len(others) - 1, SHOWN - EXTREMES).round().astype(int)]
     return sorted({*order[:EXTREMES].tolist(), *even.tolist()})
-
-
-def name_of(drift: xr.Dataset, number: int) -> str:
-    """A conversation's name: its scenario, and which of its repetitions it is, where there are several."""
-    scenario, sample = str(drift["scenario"].values[number]), int(drift["sample"].values[number])
-    return f"{scenario} #{sample + 1}" if (drift["sample"].values > 0).any() else scenario
 
 
 def _ways(drift: xr.Dataset, talks: Mapping[int, Talk], layer: int) -> go.Figure:
