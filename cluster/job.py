@@ -1,10 +1,8 @@
 """The job: everything that is decided before any work, resolved and checked, with nothing written yet."""
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from personaspace.cluster.arrays import count_span_places, merge_arrays
@@ -15,14 +13,14 @@ from personaspace.extract.checkpoint import Checkpoint, resolve
 from personaspace.extract.config import AuditorConfig, ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig
 from personaspace.extract.generate.capture import check_capturable
 from personaspace.extract.growth import Change, StoredPlan, continue_plan
+from personaspace.extract.imported import plan_finished
 from personaspace.extract.packing import chooses_packed, windows
-from personaspace.extract.personas import PersonaPlan, PlannedRollout, plan_imported, plan_personas
+from personaspace.extract.personas import PersonaPlan, PlannedRollout, plan_personas
 from personaspace.extract.quantization import check_packages
 from personaspace.extract.reductions import Readout
 from personaspace.extract.sites import check_compilable
 from personaspace.store.config import StoreConfig
 from personaspace.store.errors import InputError
-from personaspace.store.formats.role_names import DEFAULT_ROLE
 from personaspace.store.layout import Layout, choose_layer_group, choose_unit_rows, interleave
 from personaspace.store.location import run_folder
 from personaspace.store.manifest import Manifest, check_identity, read_manifest, refuse_frozen
@@ -216,28 +214,14 @@ def prepare(
 def plan_rollouts(personas: PersonasConfig, generate: GenerateConfig, model_name: str) -> PersonaPlan:
     """The rollouts that a config plans, to generate or to import; ``model_name`` fills `{model_name}`."""
     if generate.responses is None:
+        if generate.first_turns is not None:
+            raise InputError(
+                "generate.first_turns: cuts imported transcripts, and generate.responses names none. Of conversations "
+                "that are held here, personas.turns says how many turns they have."
+            )
         generation = json.dumps(_generation(generate), sort_keys=True)
         return plan_personas(personas, model_name=model_name, generation=generation)
-    if generate.capture:
-        raise InputError("generate.capture: nothing is generated with generate.responses. Remove one of the two.")
-    folder = Path(generate.responses).expanduser()
-    if not folder.is_dir():
-        raise InputError(
-            f"generate.responses: {generate.responses} is no folder; give one that holds ROLE.jsonl files."
-        )
-    if personas != PersonasConfig():
-        changed = [name for name, value in asdict(personas).items() if value != getattr(PersonasConfig(), name)]
-        raise InputError(
-            f"personas.{changed[0]}: has no effect together with generate.responses, where roles and questions come "
-            "from the files. Remove one of the two."
-        )
-    plan = plan_imported(folder)
-    counts = Counter(plan.roles[row.role_id].id for row in plan.rows)
-    if DEFAULT_ROLE not in counts or len(counts) < 2:
-        raise InputError(
-            f"generate.responses: {folder} holds {sorted(counts)}; `default` and at least one role needed."
-        )
-    return plan
+    return plan_finished(generate, personas)
 
 
 def _generation(generate: GenerateConfig) -> dict[str, Any]:

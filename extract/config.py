@@ -141,7 +141,10 @@ class GenerateConfig:
     """The server of `engine: openai`."""
 
     responses: str | None = None
-    """Folder of assistant-axis response files (ROLE.jsonl) to import instead of generating."""
+    """What to import instead of generating: a folder of assistant-axis response files (ROLE.jsonl), or transcripts of
+    several turns (a JSON file, or a folder of them)."""
+    first_turns: Annotated[int, Ge(1)] | None = None
+    """Of each imported transcript, use only the first turns of the assistant, so many. Default: all."""
     max_new_tokens: Annotated[int, Ge(1)] = 512
     """Longest response in tokens."""
     temperature: Annotated[float, Gt(0)] = 0.7

@@ -74,6 +74,7 @@ def _kept(row: PlannedRow, planned: PlannedRollout | None) -> PlannedRollout:
         messages=() if planned is None else planned.messages,
         response=None if planned is None else planned.response,
         script=None if planned is None else planned.script,
+        origin={} if planned is None else planned.origin,
     )
 
 

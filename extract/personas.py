@@ -5,9 +5,10 @@ conversations of several turns) decides the rows of the arrays.
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from personaspace.extract.catalogue import Question, Role, select
 from personaspace.extract.catalogue_files import load_questions, load_roles, load_traits
@@ -33,6 +34,8 @@ class PlannedRollout:
     """[{role, content}], ending with the user's turn. Empty for a rollout of the run that the config lacks."""
     response: str | None = None
     """The finished response, where it is imported."""
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """Who wrote an imported conversation, as far as is known."""
     script: Script | None = None
     """How a conversation of several turns goes on after ``messages``."""
 

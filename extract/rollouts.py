@@ -106,7 +106,7 @@ def imported_rollout(planned: PlannedRollout, role: str, *, chat: ChatFormat, ma
         planned.response,
         "imported",
         chat.template_hash,
-        sampling={},
+        sampling=planned.origin,
         seed=0,
         dropped=dropped,
     )
@@ -172,7 +172,7 @@ def _rollout(
     dropped: str | None,
 ) -> Rollout:
     place = asdict(planned)
-    del place["response"], place["messages"], place["script"]
+    del place["response"], place["messages"], place["script"], place["origin"]
     return Rollout(
         **place,
         role=role,

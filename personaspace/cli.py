@@ -10,6 +10,7 @@ from pathlib import Path
 from personaspace.caps_cli import add_caps, run_caps
 from personaspace.compare_cli import add_compare, run_compare
 from personaspace.config import load_config, print_flags
+from personaspace.drift_cli import add_drift, run_drift
 from personaspace.judge_cli import COMMANDS as JUDGING
 from personaspace.judge_cli import add_judging, run_judging
 from personaspace.new_cli import add_new_command, run_new
@@ -42,6 +43,7 @@ examples:
   personaspace quality runs/demo --examples 2
   personaspace caps runs/demo --output capping.pt
   personaspace compare runs/base runs/instruct
+  personaspace drift runs/conversations --space runs/demo
   personaspace personas show ghost
   personaspace judge runs/demo --model gpt-4.1-mini --dry-run
   personaspace store ls runs
@@ -87,6 +89,8 @@ def _dispatch(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
         return run_caps(parsed, flags)
     if parsed.command == "compare":
         return run_compare(parsed, flags)
+    if parsed.command == "drift":
+        return run_drift(parsed, flags)
     if parsed.command == "plan":
         run_plan(parsed, flags)
         return 0
@@ -153,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     add_quality(commands)
     add_caps(commands)
     add_compare(commands)
+    add_drift(commands)
     add_commands(commands)
     return parser
 

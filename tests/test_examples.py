@@ -1,10 +1,12 @@
 """The examples run, as a user runs them."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 from personaspace.config import load_config
+from personaspace.extract.imported import plan_finished
 from personaspace.extract.personas import plan_personas
 from tests.models import tiny_checkpoint
 
@@ -19,6 +21,15 @@ def test_read_activations(tmp_path: Path) -> None:
     assert "resid_post_last_prompt  (rollout, layer, hidden)" in done.stdout
     assert "so their last tokens are, too: True" in done.stdout
     assert "steered, the assistant's answer lies nearer to the ghost's" in done.stdout
+
+
+def test_transcripts(tmp_path: Path) -> None:
+    """With a transcript it can be planned; tests/cluster/test_transcripts.py reads such transcripts."""
+    talk = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    (tmp_path / "talk.json").write_text(json.dumps({"conversation": talk * 3}))
+    config = load_config(EXAMPLES / "transcripts.yaml", ["--generate.responses", str(tmp_path / "talk.json")])
+    assert config.extract.reductions == ("turns",)
+    assert [row.turns for row in plan_finished(config.generate, config.personas).rows] == [3]
 
 
 def test_conversations() -> None:

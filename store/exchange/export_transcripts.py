@@ -9,14 +9,13 @@ from personaspace.store.errors import InputError
 from personaspace.store.formats.directions import some
 from personaspace.store.formats.files import replacing_parts
 from personaspace.store.formats.role_names import SCENARIO
+from personaspace.store.formats.transcripts import SCRIPTED
 from personaspace.store.manifest import Manifest
 from personaspace.store.objects import Folder
 from personaspace.store.records import ROLLOUTS, committed_slots
 from personaspace.store.rollouts import read_rollouts
 
 COLUMNS = ["rollout_id", "role", "role_id", "question", "sample", "messages", "response", "sampling", "dropped"]
-SCRIPTED = "script"
-"""In place of an auditor's name, where the user followed a script."""
 
 
 def write_transcripts(
@@ -70,8 +69,10 @@ def write_transcripts(
 
 def _transcript(entry: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
     question: Any = manifest.tables["questions"][entry["question"]]
-    model = str(manifest.identity["model"]["name"])
-    user = json.loads(entry["sampling"]).get("user", {})
+    told = json.loads(entry["sampling"])
+    # An imported conversation is not the run's model's.
+    model = told.get("written_by") or str(manifest.identity["model"]["name"])
+    user = told.get("user", {})
     auditor = {"script": SCRIPTED, "model": model}.get(user.get("played_by", "script"), user.get("model", ""))
     conversation = [
         *({"role": turn["role"], "content": turn["content"]} for turn in entry["messages"]),
