@@ -10,7 +10,7 @@ from personaspace.store.location import open_folder
 
 Add = Callable[[str, str, Callable[[argparse.Namespace, Sequence[str]], int]], argparse.ArgumentParser]
 """Adds an action with a help text and what carries it out."""
-FORMATS = ("assistant-axis", "safetensors", "gguf", "parquet", "dataset", "transcripts")
+FORMATS = ("assistant-axis", "safetensors", "gguf", "parquet", "dataset", "tables", "transcripts")
 
 
 def add_exchange(add: Add) -> None:
@@ -24,6 +24,7 @@ def add_exchange(add: Add) -> None:
         choices=FORMATS,
         help="assistant-axis: that project's output folder; safetensors: axis and role vectors with a JSON manifest; "
         "gguf: a control vector for llama.cpp; parquet: role vectors; dataset: a Hugging Face dataset folder; "
+        "tables: CSV and Parquet of what the report draws; "
         "transcripts: conversations of several turns, as JSON",
     )
     export.add_argument("--roles", nargs="+", default=(), metavar="ROLE", help="only these (gguf: the direction to it)")

@@ -5,9 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import xarray as xr
 
 from personaspace.store.errors import InputError
 from personaspace.store.exchange.export_runs import choose_rollouts, rollout_tables, write_assistant_axis
+from personaspace.store.exchange.export_tables import write_tables
 from personaspace.store.exchange.export_transcripts import write_transcripts
 from personaspace.store.formats.directions import Directions, some
 from personaspace.store.formats.gguf_files import write_control_vector
@@ -25,6 +27,7 @@ EXPORTS: Mapping[str, str] = {
     "gguf": "control vector for llama.cpp and repeng: the axis, or the way to one role",
     "parquet": "role vectors of the fit, one row per role and layer",
     "dataset": "Hugging Face dataset folder with a card: rollouts, scores and role vectors",
+    "tables": "folder of CSV and Parquet tables: what the report draws, by layer, role and trait",
     "transcripts": "folder of conversations of several turns, each a transcript JSON of the reference project",
 }
 
@@ -56,6 +59,8 @@ def export(
     refuse_bad_place(destination)
     if format == "transcripts":
         write_transcripts(folder, manifest, destination, roles=roles, sample=sample, overwrite=overwrite, say=say)
+    elif format == "tables":
+        write_tables(_part(folder, open_space(folder), roles, layers), destination, overwrite=overwrite)
     elif format in ("assistant-axis", "dataset"):
         part = choose_rollouts(folder, roles=roles, sample=sample, scores=scores, say=say)
         directions = None
@@ -109,17 +114,9 @@ def directions_of(folder: Folder, *, roles: Sequence[str] = (), layers: Sequence
     Raises InputError if there is no fit, or if it lacks one of them.
     """
     manifest = require_manifest(folder)
-    space = open_space(folder)
-    of_all = space.sizes["role"]
-    known_roles, known_layers = space["role"].values.tolist(), space["layer"].values.tolist()
-    for name, asked, known in (("role", roles, [*known_roles, DEFAULT_ROLE]), ("layer", layers, known_layers)):
-        absent = [value for value in asked if value not in known]
-        if absent:
-            raise InputError(f"{folder.url}: the fit has no {name} {absent[0]!r}; it has {some(known)}.")
-    space = space.isel(
-        role=[number for number, role in enumerate(known_roles) if not roles or role in roles],
-        layer=[number for number, layer in enumerate(known_layers) if not layers or layer in layers],
-    )
+    whole = open_space(folder)
+    of_axis = int((whole["role_level"].values != "somewhat").sum()) if "role_level" in whole else whole.sizes["role"]
+    space = _part(folder, whole, roles, layers)
     role_RLD = space["role_vector"].values.astype(np.float32)
     return Directions(
         model=str(manifest.identity["model"]["name"]),
@@ -136,9 +133,22 @@ def directions_of(folder: Folder, *, roles: Sequence[str] = (), layers: Sequence
             "precision": f"{manifest.identity['store']['precision']} mantissa bits",
             "fitted": str(space.attrs["fitted"]),
             "default_count": str(space.attrs["default_count"]),
-            "axis": f"mean(default) - mean of {of_all} roles",
+            "axis": f"mean(default) - mean of {of_axis} roles",
             "made_with": _made_with(),
         },
+    )
+
+
+def _part(folder: Folder, space: xr.Dataset, roles: Sequence[str], layers: Sequence[int]) -> xr.Dataset:
+    """The fit of some roles and layers; of all, where none are named. Raises InputError for those it lacks."""
+    known_roles, known_layers = space["role"].values.tolist(), space["layer"].values.tolist()
+    for name, asked, known in (("role", roles, [*known_roles, DEFAULT_ROLE]), ("layer", layers, known_layers)):
+        absent = [value for value in asked if value not in known]
+        if absent:
+            raise InputError(f"{folder.url}: the fit has no {name} {absent[0]!r}; it has {some(known)}.")
+    return space.isel(
+        role=[number for number, role in enumerate(known_roles) if not roles or role in roles],
+        layer=[number for number, layer in enumerate(known_layers) if not layers or layer in layers],
     )
 
 

@@ -17,7 +17,6 @@ from personaspace.analysis.comparison_runs import open_runs
 from personaspace.analysis.pairing import Fitted
 from personaspace.analysis.report import Sample
 from personaspace.store.local import LocalFolder
-from tests.analysis.twin_runs import write_fitted
 from tests.analysis.test_report import (  # noqa: F401
     NARROW,
     WIDE,
@@ -28,6 +27,7 @@ from tests.analysis.test_report import (  # noqa: F401
     text_of,
     until,
 )
+from tests.analysis.twin_runs import write_fitted
 
 EVIL = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1> \ud83d"
 

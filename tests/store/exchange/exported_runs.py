@@ -23,6 +23,7 @@ PLACE = {
     "gguf": "d.gguf",
     "parquet": "d.parquet",
     "dataset": "out",
+    "tables": "out",
     "transcripts": "out",
 }
 """Format -> a name for what is exported."""
@@ -65,5 +66,5 @@ def fitted_run(path: Path) -> LocalFolder:
         commit_scores(fence, small_runs.LAYOUT, "gpt", 0, [Score(row=0, score=3), Score(row=3, score=1)])
 
     folder = make(path, fill)
-    fit(folder, AnalysisConfig(permutations=5, components=1))
+    fit(folder, AnalysisConfig(permutations=5, components=1, unfiltered=True))
     return folder

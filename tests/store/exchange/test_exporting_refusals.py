@@ -36,7 +36,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> LocalFolder:
             {},
             (
                 "export: 'csv' is not a format; choose one of assistant-axis, safetensors, gguf, parquet, dataset, "
-                "transcripts."
+                "tables, transcripts."
             ),
         ),
         ("assistant-axis", {"roles": ["pirate"]}, "no role 'pirate' in this run; it has default, poet, hacker."),

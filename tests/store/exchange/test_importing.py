@@ -99,7 +99,7 @@ def test_rollouts_and_their_ids_are_those_of_a_plan_of_the_same_responses(import
 
 
 def test_imported_run_can_be_fitted_and_reported(imported: LocalFolder) -> None:
-    space = fit(imported, AnalysisConfig(permutations=5, components=2))
+    space = fit(imported, AnalysisConfig(permutations=5, components=2, unfiltered=True))
     means = [expected()[start : start + 6].astype(np.float64).mean(axis=0) for start in (0, 6, 12)]
     np.testing.assert_allclose(space["axis"], means[0] - (means[1] + means[2]) / 2, atol=1e-6)
     publish_report(imported)
