@@ -93,7 +93,7 @@ def measure_work(model: str, folder: Path, roles: int, window_rows: int) -> dict
     begin = time.perf_counter()
     checkpoint_layers = json.loads((Path(model) / "config.json").read_text())["num_hidden_layers"]
     job = prepare(
-        model=ModelConfig(id=model),
+        model=ModelConfig(id=model, dtype="bfloat16"),
         personas=PersonasConfig(),
         generate=GenerateConfig(responses=str(folder / "responses")),
         extract=ExtractConfig(window_rows=window_rows),

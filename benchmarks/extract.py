@@ -110,7 +110,7 @@ def main() -> None:
 
     pairs = 2 if arguments.quick else arguments.pairs
     draw = random.Random(0)
-    config = ModelConfig(id=arguments.model)
+    config = ModelConfig(id=arguments.model, dtype="bfloat16")
     checkpoint = resolve(config)
     figures: dict[str, Any] = {"machine": describe_machine(Path.cwd()), "threads": torch.get_num_threads()}
     parity = parity_mix(checkpoint, config, arguments.responses)
@@ -128,7 +128,7 @@ def main() -> None:
             arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 
     if arguments.only in (None, "speed"):
-        methods = {name: method(checkpoint, config.dtype) for name, method in METHODS.items()}
+        methods = {name: method(checkpoint, config.settled_dtype) for name, method in METHODS.items()}
         for name, mix in mixes.items():
             figures[name] = measure_speed(mix, methods, pairs, draw)
             for key, found in figures[name].items():

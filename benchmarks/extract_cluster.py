@@ -40,7 +40,7 @@ def measure_cluster(model: str, responses: Path, folder: Path, pairs: int) -> di
         for pair in range(pairs):
             shutil.rmtree(folder, ignore_errors=True)
             job = prepare(
-                model=ModelConfig(id=model),
+                model=ModelConfig(id=model, dtype="bfloat16"),
                 personas=PersonasConfig(),
                 generate=GenerateConfig(responses=str(responses)),
                 extract=ExtractConfig(micro_batch_tokens=TOKEN_BUDGET),
@@ -84,7 +84,7 @@ def _engine(job: Job, threads: int) -> float:
     """One stage in a process of its own, over the job's micro-batches; writes nothing."""
     torch.set_num_threads(threads)
     checkpoint = job.checkpoint
-    stage = Stage(load_slice(checkpoint, first=0, stop=checkpoint.layers, dtype=job.model.dtype))
+    stage = Stage(load_slice(checkpoint, first=0, stop=checkpoint.layers, dtype=job.model.settled_dtype))
     windows = [load_window(job, window, job.manifest.arrays) for window in job.windows]
     stage.forward(*stage.probe((16, 8)))
     start = time.perf_counter()

@@ -101,7 +101,7 @@ def serve() -> None:
         checkpoint,
         ChatFormat(checkpoint, model),
         VllmConfig(**asked["vllm"]),
-        dtype=model.dtype,
+        dtype=model.settled_dtype,
         ranks=asked["ranks"],
         threads=asked["threads"],
         captured=True,

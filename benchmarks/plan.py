@@ -32,7 +32,7 @@ from personaspace.cluster.session import hold_run, ray_cluster
 from personaspace.config import RunConfig, load_config
 from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig
 from personaspace.extract.personas import PersonaPlan
-from personaspace.planning import asked_of, find_shape, make_plan, measure_rates, rough_rates
+from personaspace.planning import asked_of, find_shape, make_plan, measure_rates, rough_rates, settled
 from personaspace.store.catalog import summarize
 from personaspace.store.config import StoreConfig
 
@@ -55,6 +55,7 @@ def main() -> None:
         return
     quick = ["--personas.max-questions", "8", "--personas.only", "ghost", "poet", "teacher", "doctor", "pirate", "void"]
     config = load_config(arguments.config, quick if arguments.quick else [])
+    config = settled(config, this_machine(Description()))
     if arguments.prediction is None:
         document: dict[str, Any] = {"machine": describe_machine(Path.cwd()), "predicted": predict(config)}
     else:
@@ -102,7 +103,7 @@ def print_paper_table() -> None:
 
 def plan_paper(name: str, nodes: int) -> RunPlan:
     """The paper's job with prompts and questions of the lengths of the catalogue that ships."""
-    model, generate = ModelConfig(id=name), GenerateConfig()
+    model, generate = ModelConfig(id=name, dtype="bfloat16"), GenerateConfig()
     base = plan_rollouts(PersonasConfig(), generate, name)
     rows = tuple(
         replace(base.rows[(role * 37 + prompt * 240 + question) % len(base.rows)], row=row, role_id=role)

@@ -156,7 +156,7 @@ def choose_crew(generate: GenerateConfig, cluster: ClusterConfig, nodes: Sequenc
 
 def load_engine(spec: GeneratorSpec, chat: ChatFormat, join: Callable[..., Gang]) -> Engine:
     """In an actor: load its model, or its share of one, or find the server. ``join`` joins its gang."""
-    checkpoint, dtype = spec.checkpoint, spec.model.dtype
+    checkpoint, dtype = spec.checkpoint, spec.model.settled_dtype
     match spec.config.engine:
         case "openai":
             stops = checkpoint_stop_ids(checkpoint, chat)

@@ -34,6 +34,7 @@ from personaspace.cluster.shards import UnitShards
 from personaspace.cluster.stages import Order, Ran, StageActor, StageSpec
 from personaspace.cluster.supervisor import Supervisor
 from personaspace.cluster.window import WindowWork, load_window, response_tokens, span_rows
+from personaspace.extract.shape import BYTES_OF
 from personaspace.store.errors import InputError
 from personaspace.store.lease import Fence
 from personaspace.store.records import COORDINATES_RECORD, SPAN_COORDINATES_RECORD, Slot, read_slots
@@ -113,7 +114,7 @@ def _run(
         load=load_gang if cluster.sharding == "tensor" else load_each,
         connect=None if transport is None else lambda actors: join_directly(actors, transport),
     )
-    state_bytes = job.extract.micro_batch_tokens * job.layout.hidden * (4 if job.model.dtype == "float32" else 2)
+    state_bytes = job.extract.micro_batch_tokens * job.layout.hidden * BYTES_OF[job.model.settled_dtype]
     schedule = Schedule(
         range(len(windows)),
         work.open_window,
@@ -142,7 +143,7 @@ def stage_spec(
     layers = sorted({layer for spec in arrays for layer in spec.wanted_layers(job.layout)})
     return StageSpec(
         checkpoint=job.checkpoint,
-        dtype=job.model.dtype,
+        dtype=job.model.settled_dtype,
         attention=job.model.attention,
         share=share,
         layers=tuple(layer for layer in layers if layer in share.written),

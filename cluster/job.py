@@ -145,7 +145,7 @@ def prepare(
             "name": checkpoint.name,
             "revision": checkpoint.revision,
             "files": checkpoint.files,
-            "dtype": model.dtype,
+            "dtype": model.settled_dtype,
             "attention": model.attention,
             "template_hash": chat.template_hash,
             "system_policy": chat.system_policy,

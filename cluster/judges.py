@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import ray
@@ -13,6 +13,7 @@ import torch
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from personaspace.cluster.config import ClusterConfig
+from personaspace.cluster.precision import choose_dtype
 from personaspace.cluster.replicas import alive_nodes
 from personaspace.cluster.room import room
 from personaspace.cluster.session import ray_cluster, share_cluster
@@ -57,7 +58,7 @@ class Answerer:
         torch.set_num_threads(threads)
         self._limit = checkpoint.max_positions
         self._chat = ChatFormat(checkpoint, model)
-        loaded = load_causal_lm(checkpoint, dtype=model.dtype, device=device)
+        loaded = load_causal_lm(checkpoint, dtype=model.settled_dtype, device=device)
         self._engine = TransformersEngine(loaded, self._chat, device=device)
 
     def answer(self, conversations: Sequence[Messages], config: GenerateConfig) -> list[_Said]:
@@ -185,6 +186,7 @@ def local_judge(config: JudgeConfig, cluster: ClusterConfig) -> Iterator[LocalJu
         count = min(fitting, cluster.replicas or fitting)
         if not count:
             raise InputError("cluster: no node has room for a judge.")
+        model = replace(model, dtype=choose_dtype(workers.device, cluster)[0])
         make = cast(Any, Answerer).options(num_cpus=workers.cpus, num_gpus=workers.gpus)
         actors = [make.remote(checkpoint, model, workers.device, workers.threads) for _ in range(count)]
         yield LocalJudge(actors, config, cluster)

@@ -54,7 +54,7 @@ def stages_for(job: Job, memory_bytes: int, kind: Literal["cuda", "cpu"]) -> int
         segments=-(-extract.micro_batch_tokens // SHORTEST) * len(extract.reductions) * len(extract.sites),
         fused_attention=fuses_attention(shape, job.model.attention),
     )
-    stages = fit_stages(shape, job.model.dtype, load, memory_bytes, layout.layer_group, kind)
+    stages = fit_stages(shape, job.model.settled_dtype, load, memory_bytes, layout.layer_group, kind)
     if stages is None:
         raise InputError(
             f"cluster.stages: not even {layout.layer_group} layers of {job.checkpoint.name} fit a device with "

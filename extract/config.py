@@ -7,6 +7,7 @@ from annotated_types import Ge, Gt, Le
 from pydantic import BeforeValidator
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+DtypeChoice = Literal["auto", "bfloat16", "float16", "float32"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 Packing = Literal["auto", "padded", "packed"]
 EngineName = Literal["transformers", "vllm", "openai"]
@@ -29,8 +30,9 @@ class ModelConfig:
     """Hugging Face id, or path of a local checkpoint folder (`~` allowed)."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id; the resolved commit is what the run records."""
-    dtype: Dtype = "bfloat16"
-    """Precision of weights and hidden states. Pooling is float32 always."""
+    dtype: DtypeChoice = "auto"
+    """Precision of weights and hidden states; pooling is float32 always. `auto`: bfloat16 on GPUs, and on CPUs that
+    compute in it (AMX or AVX512-BF16), else float32; a run that exists keeps the precision that it was begun with."""
     chat_template: str = "builtin"
     """`builtin` (the tokenizer's own), `plain` (User:/Assistant: lines, for base models), or a Jinja file."""
     date_string: str = "26 Jul 2024"
@@ -42,6 +44,15 @@ class ModelConfig:
     """Attention kernels of extraction, by transformers' names; `auto` is what transformers takes."""
     trust_remote_code: bool = False
     """Run Python code that the checkpoint ships. Only for checkpoints you have read."""
+
+    @property
+    def settled_dtype(self) -> Dtype:
+        """`dtype`, once something has said what `auto` stands for. Raises ValueError before that."""
+        if self.dtype == "auto":
+            raise ValueError(
+                "model.dtype: auto is not settled; use cluster.precision.settle_dtype, or give bfloat16 or float32."
+            )
+        return self.dtype
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,6 +24,7 @@ from personaspace.extract.checkpoint import resolve
 from personaspace.extract.collect import NON_FINITE
 from personaspace.extract.config import ModelConfig, Packing, Site
 from personaspace.extract.packing import MicroBatch, chooses_packed, form_batches
+from personaspace.extract.precision import machine_dtype
 from personaspace.extract.reductions import Readout, plan_arrays
 from personaspace.extract.rollouts import why_dropped
 from personaspace.extract.selfcheck import check_stage
@@ -46,15 +47,18 @@ class Extractor:
     """
 
     def __init__(self, model: ModelConfig | str, *, device: str | None = None, compiled: bool = False) -> None:
-        self._config = ModelConfig(id=model) if isinstance(model, str) else model
+        config = ModelConfig(id=model) if isinstance(model, str) else model
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._dtype = machine_dtype(device) if config.dtype == "auto" else config.dtype
+        self._config = config
         self._checkpoint = resolve(self._config)
         self.chat = ChatFormat(self._checkpoint, self._config)
         self._slice = load_slice(
             self._checkpoint,
             first=0,
             stop=self._checkpoint.layers,
-            dtype=self._config.dtype,
-            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            dtype=self._dtype,
+            device=device,
             attention=self._config.attention,
             compiled=compiled,
         )
@@ -135,7 +139,7 @@ class Extractor:
                 "part": ("span", np.array([span.part for _, span in spans], dtype=object)),
                 "count": ("span", np.array([span.stop - span.start for _, span in spans], dtype=np.int32)),
             }
-        return xr.Dataset(arrays, coordinates, {"model": self._checkpoint.name, "dtype": self._config.dtype})
+        return xr.Dataset(arrays, coordinates, {"model": self._checkpoint.name, "dtype": self._dtype})
 
     def _tokenize(
         self, conversations: Sequence[Sequence[Message] | Conversation]

@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 from personaspace.config import RunConfig
 from personaspace.extract.anatomy import check_supported
 from personaspace.extract.checkpoint import Checkpoint, resolve
-from personaspace.extract.config import Dtype, GenerateConfig, ModelConfig
+from personaspace.extract.config import DtypeChoice, GenerateConfig, ModelConfig
 from personaspace.extract.counting import count_shape, read_config
 from personaspace.extract.shape import BYTES_OF
 from personaspace.extract.template_facts import TemplateFacts, examine_template
@@ -99,12 +99,16 @@ def draft_config(flags: argparse.Namespace, run: str, file: Path) -> tuple[str, 
 
 
 def _model_lines(
-    checkpoint: Checkpoint, facts: TemplateFacts, dtype: Dtype, config: Any, trust_remote_code: bool
+    checkpoint: Checkpoint, facts: TemplateFacts, dtype: DtypeChoice, config: Any, trust_remote_code: bool
 ) -> str:
     lines = []
     if checkpoint.revision is not None:
         lines.append(f"  revision: {checkpoint.revision}")
-    lines.append(f"  dtype: {dtype}        # as the checkpoint has it")
+    lines.append(
+        "  dtype: auto            # bfloat16, as the checkpoint has it, where machines compute in it; else float32"
+        if dtype == "auto"
+        else f"  dtype: {dtype}        # as the checkpoint has it"
+    )
     if getattr(config, "quantization_config", None) is not None:
         lines.append("  # Quantised: transformers loads it by the quantization_config in the checkpoint.")
     if facts.choice == "plain":
@@ -122,8 +126,8 @@ def _model_lines(
     return "".join(f"{line}\n" for line in lines)
 
 
-def _dtype(config: Any) -> Dtype:
-    """The checkpoint's own precision, where a run can have it."""
+def _dtype(config: Any) -> DtypeChoice:
+    """The checkpoint's own precision, where a run can have it; bfloat16 only where machines compute in it."""
     stated = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     name = str(stated).removeprefix("torch.")
-    return next((known for known in BYTES_OF if known == name), "bfloat16")
+    return next((known for known in BYTES_OF if known == name and known != "bfloat16"), "auto")

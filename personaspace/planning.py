@@ -15,6 +15,7 @@ from personaspace.cluster.planning.costs import Asked, forward_flop
 from personaspace.cluster.planning.described import Description, described_machines, live_machines, this_machine
 from personaspace.cluster.planning.machines import Machines, Rates, gpu_rates
 from personaspace.cluster.planning.plan import RunPlan, plan_run
+from personaspace.cluster.precision import choose_dtype
 from personaspace.cluster.session import ray_address, ray_cluster
 from personaspace.config import RunConfig
 from personaspace.extract.calibrate import calibrate
@@ -32,6 +33,7 @@ def plan_config(config: RunConfig, flags: argparse.Namespace) -> RunPlan:
         machines = find_machines(_described(flags), config.cluster, ray_address(config.cluster), stack)
         if config.cluster.device == "cpu" and machines.device.kind == "cuda":
             raise InputError("cluster.device: cpu, but the machines to plan for have GPUs; leave one of the two out.")
+        config = settled(config, machines)
     asked = asked_of(config.cluster)
     options = {"prompt_tokens": flags.prompt_tokens, "response_tokens": flags.response_tokens}
     if machines.device.kind == "cpu" and not machines.device.flops:
@@ -49,7 +51,16 @@ def sketch_plan(config: RunConfig, shape: ModelShape, flags: argparse.Namespace)
     """The layout for ``config`` on the machines that ``flags`` describe, or that are there; its hours mean nothing."""
     with ExitStack() as stack:
         machines = find_machines(_described(flags), config.cluster, ray_address(config.cluster), stack)
+        config = settled(config, machines)
     return make_plan(config, shape, machines, rough_rates(machines, shape), Asked())
+
+
+def settled(config: RunConfig, machines: Machines) -> RunConfig:
+    """``config`` with what `model.dtype: auto` stands for on ``machines``, in a run that is begun there."""
+    if config.model.dtype != "auto":
+        return config
+    dtype, _ = choose_dtype(machines.device.kind, config.cluster)
+    return replace(config, model=replace(config.model, dtype=dtype))
 
 
 def rough_rates(machines: Machines, shape: ModelShape) -> Rates:
@@ -121,7 +132,7 @@ def measure_rates(model: ModelConfig, plan: RunPlan) -> Rates:
     found = calibrate(
         _transformers_config(model),
         work.run_layers,
-        model.dtype,
+        model.settled_dtype,
         micro_batch=(rows, tokens),
         decode_rows=work.batch_rows,
         context=round(work.prompt_tokens + work.max_new_tokens / 2),

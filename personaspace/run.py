@@ -18,6 +18,7 @@ from personaspace.cluster.extraction import extract
 from personaspace.cluster.generation import generate
 from personaspace.cluster.job import Job, prepare
 from personaspace.cluster.nodes import check_nodes, model_files
+from personaspace.cluster.precision import settle_dtype
 from personaspace.cluster.repair import adopt_whole, slots_to_redo
 from personaspace.cluster.session import check_shared_paths, hold_run, ray_cluster
 from personaspace.cluster.sharding import check_sharding
@@ -29,6 +30,7 @@ from personaspace.judging import JudgeOptions, check_judge_config, judge_run
 from personaspace.store.catalog import REPORT
 from personaspace.store.formats.role_names import SCENARIO
 from personaspace.store.interruption import orderly_end
+from personaspace.store.location import run_folder
 from personaspace.store.manifest import require_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.verify import Verification
@@ -146,6 +148,9 @@ def _prepare(config: RunConfig, *, keep: bool = False) -> Job:
     if means_folder(config.model.id):
         shared["model.id"] = config.model.id
     check_shared_paths(config.cluster, shared)
+    folder = run_folder(config.store.root, config.store.run)
+    # From here on, and in run.json, there is no `auto`.
+    config = replace(config, model=settle_dtype(config.model, config.cluster, folder))
     job = prepare(
         model=config.model,
         personas=config.personas,

@@ -33,7 +33,7 @@ def test_flag_beats_yaml_beats_default(tmp_path: Path) -> None:
         ("model: {id: m, dtyp: x}\n", "model.dtyp: unknown key (value 'x'). Allowed here: id, revision, dtype,"),
         (
             "model: {id: m, dtype: int8}\n",
-            "model.dtype: Input should be 'bfloat16', 'float16' or 'float32', not",
+            "model.dtype: Input should be 'auto', 'bfloat16', 'float16' or 'float32', not",
         ),
         ("model: {id: m}\ngenerate: {seed: '1'}\n", "generate.seed: Input should be a valid integer, not '1'."),
         (

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from personaspace.cli import main
+from personaspace.extract.precision import machine_dtype
 from tests.models import tiny_checkpoint
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -68,6 +69,17 @@ def test_a_tiny_model_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     assert "nothing: activations are captured while generating" in shown
     assert "for extraction" not in shown
+
+
+def test_auto_is_what_the_machines_of_the_plan_compute_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(f"model: {{id: {tiny_checkpoint(tmp_path / 'model')}}}\npersonas: {{only: [ghost]}}\n")
+    for machines, dtype in (
+        (["--flops", "1e11", "--bandwidth", "1e10"], machine_dtype("cpu")),
+        (["--nodes", "1"], "bfloat16"),
+    ):
+        assert main(["plan", str(config), *machines]) == 0
+        assert f", 6 layers x 32, {dtype}, " in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def plan_run(
     stages = None if asked.stages is None else min(asked.stages, groups)
     setting = Setting(
         shape=shape,
-        dtype=model.dtype,
+        dtype=model.settled_dtype,
         work=work,
         machines=machines,
         rates=rates,
@@ -92,7 +92,7 @@ def plan_run(
     extraction = None if generate.capture else plan_extraction(setting)
     return RunPlan(
         shape=shape,
-        dtype=model.dtype,
+        dtype=model.settled_dtype,
         machines=machines,
         rates=rates,
         work=work,

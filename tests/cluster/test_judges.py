@@ -18,6 +18,7 @@ from personaspace.extract.config import GenerateConfig, ModelConfig
 from personaspace.extract.generate.transformers_engine import TransformersEngine, load_causal_lm
 from personaspace.extract.judging.config import JudgeConfig
 from personaspace.extract.judging.endpoint import FailedRequestError, RefusedRequestError, Reply
+from personaspace.extract.precision import machine_dtype
 from personaspace.judging import JudgeOptions, judge_run
 from personaspace.run import carry_out
 from personaspace.store import open_run
@@ -51,7 +52,7 @@ def test_actors_answer_as_the_engine_does(model: Path) -> None:
         replies = asyncio.run(ask(judge))
     checkpoint, settings = resolve(ModelConfig(id=str(model))), ModelConfig(id=str(model), thinking=False)
     chat = ChatFormat(checkpoint, settings)
-    engine = TransformersEngine(load_causal_lm(checkpoint, dtype="bfloat16"), chat)
+    engine = TransformersEngine(load_causal_lm(checkpoint, dtype=machine_dtype("cpu")), chat)
     sampling = GenerateConfig(max_new_tokens=6, temperature=1.0, top_p=GREEDY)
     prompts = [chat.encode_prompt(talk) for talk in talks]
     alone = engine.generate(prompts[:1], [7], sampling)

@@ -16,6 +16,7 @@ from personaspace.extract.chat import Message
 from personaspace.extract.checkpoint import Checkpoint
 from personaspace.extract.config import ModelConfig, Site
 from personaspace.extract.engine import Extractor
+from personaspace.extract.precision import machine_dtype
 from personaspace.extract.spans import Conversation, continue_conversation, locate
 from personaspace.extract.stage import LayerHook
 from personaspace.store.errors import InputError
@@ -209,7 +210,7 @@ def test_tokens_in_place_of_messages(extractor: Extractor) -> None:
 def test_model_by_name_of_its_folder(llama: Checkpoint) -> None:
     named = Extractor(llama.source, device="cpu")
     found = named.extract([SHORT])
-    assert found.attrs["dtype"] == "bfloat16"
+    assert found.attrs["dtype"] == machine_dtype("cpu")
     assert found["resid_post_mean"].dtype == np.float32
     with pytest.raises(InputError, match=r"^model\.id: /no/such does not exist; "):
         Extractor("/no/such")

@@ -71,7 +71,7 @@ def plan(
     return plan_run(
         shape,
         rollouts,
-        model=ModelConfig(id=shape.name),
+        model=ModelConfig(id=shape.name, dtype="bfloat16"),
         generate=generate or GenerateConfig(),
         extract=ExtractConfig(**extract),  # type: ignore[arg-type]
         store=store or StoreConfig(root="/store", run="run"),
