@@ -1,7 +1,7 @@
 """The part of the config that says how the persona space is computed. All of it is execution: refit at will."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
 
@@ -36,6 +36,8 @@ class AnalysisConfig:
     """Take every rollout for its role, whatever its score."""
     min_count: Annotated[int, Ge(1)] | None = None
     """Rollouts that a role vector needs. Default: 50 of 1,200 as in the reference project, fewer in smaller runs."""
+    precision: Literal["float32", "float64"] = "float32"
+    """Of the products behind the PCA over all rollouts. float64 takes twice as long; docs/pca.md says what float32 costs."""
     memory: Annotated[float, Gt(0)] | None = None
     """GB (1e9 bytes) for all layers in flight together. Default: half of what is free."""
     leave_out: tuple[FlawName, ...] = ()

@@ -17,6 +17,7 @@ from distributed import Client, get_client
 from threadpoolctl import threadpool_limits
 
 from personaspace.analysis.layer_fit import LayerFit, Plan, finish_layer
+from personaspace.analysis.moments import Precision
 from personaspace.analysis.summary import Rows, Summary, Values, summarise, summary_bytes
 from personaspace.store.errors import InputError
 
@@ -69,7 +70,7 @@ def fit_layers(values: Values, layers: Sequence[int], plan: Plan, *, memory: int
     schedule = plan_layers(
         len(layers),
         sum(1 for _ in plan.rows.blocks()),
-        summary_bytes(values.shape[2], plan.rows.cells),
+        summary_bytes(values.shape[2], plan.rows.cells, plan.config.precision),
         workers=workers,
         memory=memory if memory is not None else _free_memory(client),
     )
@@ -79,13 +80,18 @@ def fit_layers(values: Values, layers: Sequence[int], plan: Plan, *, memory: int
     # Each task multiplies on one thread; several at a time keep all of them busy.
     with threadpool_limits(limits=max(1, CPU_COUNT // schedule.workers), user_api="blas"):
         for start in range(0, len(layers), schedule.in_flight):
-            wave = [_one_layer(layer, schedule.parts, *shared) for layer in layers[start : start + schedule.in_flight]]
+            wave = [
+                _one_layer(layer, schedule.parts, plan.config.precision, *shared)
+                for layer in layers[start : start + schedule.in_flight]
+            ]
             fitted.extend(dask.compute(*wave, num_workers=schedule.workers))
     return fitted
 
 
-def _one_layer(layer: int, parts: int, values: Delayed, plan: Delayed, rows: Delayed) -> Delayed:
-    summaries = [dask.delayed(summarise_part, pure=False)(values, layer, rows, part, parts) for part in range(parts)]
+def _one_layer(layer: int, parts: int, precision: Precision, values: Delayed, plan: Delayed, rows: Delayed) -> Delayed:
+    summaries = [
+        dask.delayed(summarise_part, pure=False)(values, layer, rows, part, parts, precision) for part in range(parts)
+    ]
     while len(summaries) > 1:
         odd = summaries[len(summaries) // 2 * 2 :]
         pairs = zip(summaries[0::2], summaries[1::2], strict=False)
@@ -93,9 +99,11 @@ def _one_layer(layer: int, parts: int, values: Delayed, plan: Delayed, rows: Del
     return dask.delayed(finish_layer, pure=False)(summaries[0], values, layer, plan)
 
 
-def summarise_part(values: Values, layer: int, rows: Rows, part: int, parts: int) -> Summary:
+def summarise_part(
+    values: Values, layer: int, rows: Rows, part: int, parts: int, precision: Precision = "float32"
+) -> Summary:
     """The summary of one of ``parts`` parts of a layer's rows."""
-    return summarise(values, layer, rows.parts(parts)[part])
+    return summarise(values, layer, rows.parts(parts)[part], precision)
 
 
 def _client() -> Client | None:

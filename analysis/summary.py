@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personaspace.analysis.cells import Cells
-from personaspace.analysis.moments import Moments
+from personaspace.analysis.moments import Moments, Precision
 
 BLOCK_ROWS = 2048
 """About as many rollouts are read, and multiplied, at a time."""
@@ -91,13 +91,13 @@ class Summary:
         return whole
 
 
-def summarise(values: Values, layer: int, rows: Rows) -> Summary:
+def summarise(values: Values, layer: int, rows: Rows, precision: Precision = "float32") -> Summary:
     """Read some rows of a layer once, a block at a time, and sum them up.
 
     Raises ValueError where a row that counts holds a number that is not finite, IntegrityError for damaged shards.
     """
     hidden = values.shape[2]
-    moments = Moments(hidden)
+    moments = Moments(hidden, precision)
     cells = None
     for block in rows.blocks():
         x_ND = values[block.row_N, layer, :]
@@ -108,6 +108,7 @@ def summarise(values: Values, layer: int, rows: Rows) -> Summary:
     return Summary(moments=moments, cells=cells or Cells.empty(rows.cells, np.zeros(hidden, dtype=np.float32)))
 
 
-def summary_bytes(hidden: int, cells: int) -> int:
+def summary_bytes(hidden: int, cells: int, precision: Precision = "float32") -> int:
     """Most memory that `summarise` takes for a layer: scatter matrix and product, cells, and the blocks being read."""
-    return 8 * hidden**2 + 4 * hidden**2 + 4 * cells * hidden + 6 * 4 * BLOCK_ROWS * hidden
+    product = {"float32": 4, "float64": 8}[precision]
+    return (8 + product) * hidden**2 + 4 * cells * hidden + 6 * product * BLOCK_ROWS * hidden
