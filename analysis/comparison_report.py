@@ -54,8 +54,8 @@ class Finding:
     null: str
     """What it has to beat."""
     verdict: str
-    above: bool | None
-    """Whether it beats chance; None if that can't be said."""
+    mark: str
+    """✓ beyond chance and kinds, ~ beyond chance alone, ✗ not beyond chance; empty if that can't be said."""
 
 
 def render_comparison(sources: Sequence[Source], pairs: Sequence[Beside]) -> str:
@@ -91,22 +91,21 @@ def _finding(pair: Pair, measure: Measure) -> Finding:
     value, chance, kind = pair.value(measure.name), *(pair.chance(measure.name, null) for null in ("any", "kind"))
     if not np.isfinite(value):
         reason = "the widths differ" if measure.name not in pair.data else "one side does not vary"
-        return Finding(measure=measure, value="–", null="", verdict=f"not available: {reason}", above=None)  # noqa: RUF001
+        return Finding(measure=measure, value="–", null="", verdict=f"not available: {reason}", mark="")  # noqa: RUF001
     if measure.name == "axis_cosine":
         null = f"two random directions reach {chance:.2f}"
     else:
         null = f"relabelled roles reach {chance:.2f}"
         null += f", within their kinds {kind:.2f}" if np.isfinite(kind) else ""
-    above = value > chance
-    if not above:
-        verdict = "not above chance: at this size no likeness is shown"
+    if not value > chance:
+        mark, verdict = "✗", "not above chance: at this size no likeness is shown"
     elif measure.name == "axis_cosine" or not np.isfinite(kind):
-        verdict = "above chance"
+        mark, verdict = "✓", "above chance"
     elif value > kind:
-        verdict = "above chance, and beyond what the kinds of roles explain"
+        mark, verdict = "✓", "above chance, and beyond what the kinds of roles explain"
     else:
-        verdict = "above chance, but no more than the kinds of roles explain"
-    return Finding(measure=measure, value=f"{value:.2f}", null=null, verdict=verdict, above=above)
+        mark, verdict = "~", "above chance, but at this size not beyond what the kinds of roles explain"
+    return Finding(measure=measure, value=f"{value:.2f}", null=null, verdict=verdict, mark=mark)
 
 
 READINGS = {

@@ -157,7 +157,7 @@ def test_every_chart_is_drawn_and_fits(
 @pytest.mark.browser
 def test_search_hover_click_and_layer(open_page: Callable[..., Any], runs: list[Fitted]) -> None:  # noqa: F811
     tab = open_page(render(runs[:2]))
-    assert tab.inner_text("#layer-name") == "3 (as above)"
+    assert tab.inner_text("#layer-name") == "3 (findings)"
     assert not tab.is_visible("#role")
     tab.fill("#search", "GHOST")
     assert tab.inner_text("#found") == "1 role"
@@ -173,7 +173,7 @@ def test_search_hover_click_and_layer(open_page: Callable[..., Any], runs: list[
     assert tab.inner_text("#layer-name") == "4"
     assert tab.inner_text("#role-place") != before
     tab.click("#to-target")
-    assert tab.inner_text("#layer-name") == "3 (as above)"
+    assert tab.inner_text("#layer-name") == "3 (findings)"
     tab.fill("#search", "nobody")
     assert tab.inner_text("#found") == "no roles"
     tab.fill("#search", "")
@@ -201,6 +201,6 @@ def test_another_pair_changes_texts_and_charts(open_page: Callable[..., Any], ru
     assert "instruct at layer 3 beside deep at layer 5" in tab.inner_text("#findings")
     assert "base" not in tab.inner_text("#findings")
     assert not tab.is_visible("#axis_cosine")
-    assert tab.inner_text("#layer-name") == "3 and 5 (as above)"
+    assert tab.inner_text("#layer-name") == "3 and 5 (findings)"
     tab.select_option("#pair", label="base and instruct")
     until(tab, "$('axis_cosine').getBoundingClientRect().width > 200")
