@@ -37,7 +37,7 @@ class AnalysisConfig:
     min_count: Annotated[int, Ge(1)] | None = None
     """Rollouts that a role vector needs. Default: 50 of 1,200 as in the reference project, fewer in smaller runs."""
     precision: Literal["float32", "float64"] = "float32"
-    """Of the products behind the PCA over all rollouts. float64 takes twice as long; docs/pca.md has the cost of float32."""
+    """Of the products behind the PCA over all rollouts. float64 takes twice the time (docs/pca.md)."""
     memory: Annotated[float, Gt(0)] | None = None
     """GB (1e9 bytes) for all layers in flight together. Default: half of what is free."""
     leave_out: tuple[FlawName, ...] = ()
