@@ -129,8 +129,14 @@ def _outcome(folder: Folder, steps: Sequence[str]) -> str:
 def _fit(folder: Folder, config: RunConfig) -> None:
     space = fit(folder, config.analysis)
     layer = space.sel(layer=space.attrs["target_layer"])
-    cosine = float(layer["cos_axis_pc1"])
-    print(f"fit: {space.sizes['role']} roles, |cos(axis, PC1)| {cosine:.2f} at layer {int(layer['layer'])}")
+    print(f"fit: filter by score: {space.attrs['filter']}")
+    if space.attrs["too_few"]:
+        print(f"fit: left out, with fewer than {space.attrs['min_count']} rollouts: {space.attrs['too_few']}")
+    print(
+        f"fit: {space.sizes['role']} role vectors; at layer {int(layer['layer'])} |cos(axis, PC1)| "
+        f"{float(layer['cos_axis_pc1']):.2f} (null {float(layer['cos_null_p99']):.2f}), default against roles AUC "
+        f"{float(layer['default_auc']):.2f}; suggested layer {space.attrs['suggested_layer']}"
+    )
 
 
 def _config_of(folder: Folder, flags: Sequence[str]) -> RunConfig:
