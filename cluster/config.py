@@ -55,3 +55,6 @@ class ClusterConfig:
     wait_timeout: Annotated[float, Gt(0)] = 600.0
     """Seconds without any replica at work, on a cluster without room for one, after which the run stops. The same
     command resumes."""
+    analysis_workers: Annotated[int, Ge(0)] | None = None
+    """Dask workers on the cluster that fit the persona space, in actors that share the nodes' CPUs. 0: the threads of
+    the driver's machine. Default: one worker for each node if the cluster has several, else 0."""

@@ -41,6 +41,18 @@ class Workers:
         return {"CPU": self.cpus, **({"GPU": float(self.gpus)} if self.gpus else {})}
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seat:
+    """What a Dask worker gets of a node."""
+
+    node: str
+    """Id of the node."""
+    threads: int
+    """Tasks at a time, and CPUs."""
+    memory: int
+    """Bytes."""
+
+
 def chosen_device(nodes: Sequence[Node], device: Device) -> str:
     """`cuda` or `cpu`. Raises InputError for a GPU that is asked for and that no node has."""
     with_gpus = any(node.gpus for node in nodes)
@@ -80,6 +92,30 @@ def fit_in_flight(nodes: Sequence[Node], stages: int, state_bytes: int) -> int:
     each, would fill half of the smallest object store."""
     smallest = min((node.object_store for node in nodes if node.object_store), default=float("inf"))
     return max(1, min(2 * stages, int(smallest / 2 / state_bytes) if state_bytes else 2 * stages))
+
+
+def seats(nodes: Sequence[Node], workers: int | None) -> list[Seat]:
+    """Seats for so many Dask workers, or for as many as there are nodes with CPUs.
+
+    Each worker goes where it gets the most CPUs; those of one node share its CPUs and its memory evenly. Raises
+    InputError where there are more workers than CPUs.
+    """
+    cpus = {node.id: int(node.cpus) for node in nodes if node.cpus >= 1}
+    wanted = len(cpus) if workers is None else workers
+    if wanted > sum(cpus.values()):
+        raise InputError(
+            f"cluster.analysis_workers: {wanted} Dask worker(s), and the cluster has {sum(cpus.values())} CPU(s); each "
+            "needs one. Ask for fewer, or for 0: the threads of the driver's machine."
+        )
+    on_node = dict.fromkeys(cpus, 0)
+    for _ in range(wanted):
+        on_node[max(cpus, key=lambda node: cpus[node] // (on_node[node] + 1))] += 1
+    return [
+        Seat(node=node.id, threads=cpus[node.id] // on_node[node.id], memory=int(node.memory / on_node[node.id]))
+        for node in nodes
+        if node.id in on_node
+        for _ in range(on_node[node.id])
+    ]
 
 
 def _whole(cpus: float) -> float:

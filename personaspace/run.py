@@ -11,6 +11,7 @@ from personaspace.analysis.fit import fit, fitted_array, target_layer
 from personaspace.analysis.publish import publish_report
 from personaspace.analysis.quality.assess import assess
 from personaspace.analysis.quality.words import warnings
+from personaspace.cluster.dask_workers import analysis_workers
 from personaspace.cluster.droplimit import DropLimit
 from personaspace.cluster.engines import check_engine
 from personaspace.cluster.events import Note
@@ -108,11 +109,13 @@ def compute_again(folder: Folder, found: Verification, flags: Sequence[str]) -> 
 def analyse(folder: Folder, steps: Sequence[str], flags: Sequence[str]) -> None:
     """Do `fit` and `report` for a stored run, with the analysis settings that it was last made with.
 
-    Neither model nor personas are needed, so runs that were imported or copied from elsewhere can be fitted, too.
+    Neither model nor personas are needed, so runs that were imported or copied from elsewhere can be fitted, too:
+    here, or on the cluster that RAY_ADDRESS or ``flags`` name.
     """
     if "fit" in steps:
         manifest = require_manifest(folder)
-        stored = manifest.execution.get("config", {"model": {"id": manifest.identity["model"]["name"]}})
+        stored = dict(manifest.execution.get("config", {"model": {"id": manifest.identity["model"]["name"]}}))
+        stored.pop("cluster", None)  # That is where it was made.
         config = stored_config({"config": stored}, folder.url, flags, prog="personaspace fit RUN")
         _fit(folder, config)
     if "report" in steps:
@@ -127,7 +130,8 @@ def _outcome(folder: Folder, steps: Sequence[str]) -> str:
 
 
 def _fit(folder: Folder, config: RunConfig) -> None:
-    space = fit(folder, config.analysis)
+    with analysis_workers(config.cluster, folder, print):
+        space = fit(folder, config.analysis)
     layer = space.sel(layer=space.attrs["target_layer"])
     print(f"fit: filter by score: {space.attrs['filter']}")
     if space.attrs["too_few"]:

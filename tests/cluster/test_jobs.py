@@ -58,6 +58,7 @@ def test_a_job_runs_to_its_end_and_says_so(cluster: LocalCluster, model: Path, t
     assert said[0].startswith(f"run {url}  (identity ")
     assert said[-1] == f"done: run {url} is complete, report at {url}/report.html"
     assert re.search(r"^extract: replica \d is ready: 2 worker\(s\) on \d node\(s\)", done.stdout, re.M)
+    assert "fit: 3 Dask worker(s) on 3 node(s), 3 thread(s)" in said
     assert not PROGRESS_BAR.search("\n".join(said))
     assert summarize(LocalFolder(Path(url))).state == "complete"
     assert verify(LocalFolder(Path(url))).problems == ()
