@@ -116,6 +116,10 @@ def lose_one_node_then_the_other(cluster: Cluster, places: list[Seat]) -> None:
         assert client.gather(computing) == [number**2 for number in range(60)]
         assert len(client.nthreads()) == 1
         cluster.remove_node(second, allow_graceful=False)
+        deadline = time.monotonic() + TIMEOUT
+        while client.nthreads():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         client.run_on_scheduler(lambda dask_scheduler: setattr(dask_scheduler, "no_workers_timeout", 20.0))
         dask.compute(square(2, 0))
 
