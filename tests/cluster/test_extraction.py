@@ -178,7 +178,7 @@ def test_planning_writes_nothing_and_refuses_contradictions(tmp_path: Path, resp
             store=job.store,
             execution={},
         )
-    with pytest.raises(InputError, match="is no folder; give one that holds ROLE"):
+    with pytest.raises(InputError, match="is no folder and no transcript; give a folder that holds ROLE"):
         prepare(
             model=job.model,
             personas=PersonasConfig(),
