@@ -14,16 +14,16 @@ compares with tau. Shape suffixes: N rollouts, L layers, P percentiles, G groups
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
 from personaspace.analysis.cap_ranges import check_ranges, range_id, suggested_ranges
+from personaspace.analysis.groups import PARTS, part_of
 from personaspace.store.errors import InputError
 from personaspace.store.formats.directions import CappingConfig, CapVector
-from personaspace.store.formats.role_names import DEFAULT_ROLE, SCENARIO
 from personaspace.store.manifest import Manifest, require_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.reader import open_run
@@ -32,8 +32,6 @@ from personaspace.store.space import open_space
 Floats = NDArray[np.float64]
 Over = Literal["all", "roles", "default"]
 
-GROUPS = ("default", "roles", "traits")
-"""What the rollouts of a run are told apart by; conversations are in none of them."""
 PERCENTILES = (1.0, 25.0, 50.0, 75.0)
 """Those of the paper (section 5.1.1)."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -73,10 +71,10 @@ def compute_caps(
         ranges = [chosen for chosen in suggested_ranges(manifest.layout.layers) if set(chosen) <= set(layers)]
     check_ranges(ranges, layers)
     group_N = rollout_groups(space, manifest)
-    chosen_N = group_N >= 0 if over == "all" else group_N == GROUPS.index(over)
+    chosen_N = group_N >= 0 if over == "all" else group_N == PARTS.index(over)
     if not chosen_N.any():
         raise InputError(f"{folder.url}: the fit has no rollouts of {over!r}; take the percentiles over others.")
-    members = {name: group_N == number for number, name in enumerate(GROUPS) if (group_N == number).any()}
+    members = {name: group_N == number for number, name in enumerate(PARTS) if (group_N == number).any()}
     share_P = np.array(percentiles, dtype=np.float64) / 100
     cap_PL = np.empty((len(share_P), len(layers)))
     touched_GPL = np.empty((len(members), *cap_PL.shape))
@@ -150,9 +148,10 @@ def raw_projections(space: xr.Dataset, run: xr.Dataset) -> Iterator[tuple[int, F
 
 
 def rollout_groups(space: xr.Dataset, manifest: Manifest) -> NDArray[np.intp]:
-    """Place in GROUPS of each rollout of the fit ``(N,)``; -1 for conversations."""
-    group_of = {str(role["id"]): _group(role) for role in manifest.tables["roles"]}
-    return np.array([group_of[str(role)] for role in space["rollout_role"].values], dtype=np.intp)
+    """Place in ``groups.PARTS`` of each rollout of the fit ``(N,)``; -1 for conversations."""
+    parts = {str(role["id"]): part_of(role) for role in manifest.tables["roles"]}
+    place = {role: -1 if part is None else PARTS.index(part) for role, part in parts.items()}
+    return np.array([place[str(role)] for role in space["rollout_role"].values], dtype=np.intp)
 
 
 def capping_config(space: xr.Dataset, caps: xr.Dataset) -> CappingConfig:
@@ -190,14 +189,6 @@ def experiment_id(layers: range, percentile: float) -> str:
 def vector_name(layer: int) -> str:
     """Name of a layer's vector, which points away from the Assistant."""
     return f"layer_{layer}/roles_minus_default"
-
-
-def _group(role: Any) -> int:
-    if role["id"] == DEFAULT_ROLE:
-        return GROUPS.index("default")
-    if role.get("kind") == SCENARIO:
-        return -1
-    return GROUPS.index("traits" if role.get("pole") else "roles")
 
 
 def _check(space: xr.Dataset, folder: Folder, over: str, percentiles: Sequence[float]) -> None:

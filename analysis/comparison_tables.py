@@ -6,12 +6,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 
 from personaspace.analysis.compare import MEASURES, NULLS, Pair
 from personaspace.analysis.movers import movers
-from personaspace.store.formats.files import replacing_parts
+from personaspace.store.formats import tables as tables_of
 
 TABLES = ("layers", "components", "roles", "cka")
 
@@ -43,15 +41,8 @@ def tables(pairs: Sequence[Pair]) -> dict[str, pa.Table]:
 
 
 def write_tables(pairs: Sequence[Pair], folder: Path, *, overwrite: bool) -> None:
-    """Each table as NAME.csv and NAME.parquet in ``folder``.
-
-    Raises InputError if the folder has files already, unless ``overwrite``; other files in it are left alone.
-    """
-    parts = [f"{name}.{ending}" for name in TABLES for ending in ("csv", "parquet")]
-    with replacing_parts(folder, parts, overwrite=overwrite) as temporary:
-        for name, table in tables(pairs).items():
-            pyarrow.csv.write_csv(table, temporary / f"{name}.csv")
-            pyarrow.parquet.write_table(table, temporary / f"{name}.parquet")
+    """``tables`` as files; see ``store.formats.tables``."""
+    tables_of.write_tables(folder, tables(pairs), overwrite=overwrite)
 
 
 def document(pairs: Sequence[Pair], notes: Sequence[dict[str, Any]]) -> dict[str, Any]:

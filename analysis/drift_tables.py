@@ -9,10 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import xarray as xr
-from pyarrow import csv, parquet
 
 from personaspace.analysis.drift import movements
-from personaspace.store.formats.files import replacing_parts
+from personaspace.store.formats import tables as tables_of
 
 LABELS = ["row", "rollout_id", "domain", "scenario", "sample", "layer"]
 
@@ -97,12 +96,8 @@ def write_tables(drift: xr.Dataset, folder: Path, *, overwrite: bool = False) ->
     Raises InputError where the folder holds anything but earlier tables, unless ``overwrite``, which leaves the rest.
     """
     tables = {"turns": turns_table(drift), "conversations": conversations_table(drift)}
-    files = [f"{name}.{ending}" for name in tables for ending in ("csv", "parquet")]
-    ours = folder.is_dir() and {entry.name for entry in folder.iterdir()} <= set(files)
-    with replacing_parts(folder, files, overwrite=overwrite or ours) as new:
-        for name, table in tables.items():
-            csv.write_csv(table, new / f"{name}.csv")
-            parquet.write_table(table, new / f"{name}.parquet")
+    ours = folder.is_dir() and {entry.name for entry in folder.iterdir()} <= set(tables_of.table_files(tables))
+    tables_of.write_tables(folder, tables, overwrite=overwrite or ours)
 
 
 def document(drift: xr.Dataset) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from scipy.stats import beta, rankdata
 from personaspace.analysis.cells import Cells
 from personaspace.analysis.config import AnalysisConfig
 from personaspace.analysis.gram import Floats, axis_geometry, held_out_positions
+from personaspace.analysis.similarity import rank_correlation
 
 QUANTILE = 0.99
 """Of the nulls."""
@@ -103,36 +104,33 @@ class Design:
     kinds: tuple[str, ...]
     config: AnalysisConfig
 
-    def weights(self, times_Q: NDArray[np.integer] | None = None) -> csr_array:
-        """Weights ``(H, C)`` of the vectors of both halves; ``times_Q``: how often each question was drawn."""
-        vectors, questions = self.count_VQ.shape
-        times = np.ones(questions) if times_Q is None else times_Q
-        return self._deal(np.tile(np.arange(vectors)[:, None], questions), np.tile(times, (vectors, 1)))
+    def weights(self) -> csr_array:
+        """Weights ``(H, C)`` of the vectors of both halves."""
+        return self._deal(self._own(), np.ones(self.count_VQ.shape), self._half_of_question())
 
     def permuted(self, generator: np.random.Generator, draws: int) -> Iterator[csr_array]:
         """Weights where the roles that answered a question have dealt their answers out anew."""
-        vectors, questions = self.count_VQ.shape
-        present_RQ = self.count_VQ[1:] > 0
+        present_RQ, half_Q = self.count_VQ[1:] > 0, self._half_of_question()
         times = np.ones(self.count_VQ.shape)
         for _ in range(draws):
             key_RQ = generator.random(present_RQ.shape)
-            taker_VQ = np.tile(np.arange(vectors)[:, None], questions)
+            taker_VQ = self._own()
             # Among the roles that are there, the one with the n-th smallest key takes the answer of the n-th role.
             order_RQ = np.argsort(np.where(present_RQ, key_RQ, 2.0), axis=0)
             place_RQ = np.cumsum(present_RQ, axis=0) - 1
             dealt_RQ = 1 + np.take_along_axis(order_RQ, np.maximum(place_RQ, 0), axis=0)
             taker_VQ[1:][present_RQ] = dealt_RQ[present_RQ]
-            yield self._deal(taker_VQ, times)
+            yield self._deal(taker_VQ, times, half_Q)
 
     def resampled(self, generator: np.random.Generator, draws: int) -> Iterator[csr_array]:
         """Weights where the questions of each half are drawn with replacement."""
-        questions = self.count_VQ.shape[1]
-        halves = self._halves()
+        vectors, questions = self.count_VQ.shape
+        halves, half_Q = self._halves(), self._half_of_question()
         for _ in range(draws):
             times_Q = np.zeros(questions, dtype=np.int64)
             for half in (half for half in halves if len(half)):
                 times_Q += np.bincount(generator.choice(half, size=len(half)), minlength=questions)
-            yield self.weights(times_Q)
+            yield self._deal(self._own(), np.tile(times_Q, (vectors, 1)), half_Q)
 
     def gram(self, cells: Cells, weights: csr_array, dtype: type[np.floating]) -> tuple[Floats, Floats]:
         """Gram matrix ``(H, H)`` of the halves' vectors, and the rollouts in each ``(H,)``."""
@@ -163,7 +161,7 @@ class Design:
                     for fit, held in (halves, halves[::-1])
                 ]
             )
-            rank = float(spearman(placed[0], placed[1]))
+            rank = float(rank_correlation(placed[0], placed[1]))
             kind = np.array(self.kinds)[drawn]
             positive, negative = kind == self.config.positive_kind, kind == self.config.negative_kind
             if positive.any() and negative.any():
@@ -185,11 +183,20 @@ class Design:
         # Questions that say nothing of the axis still belong to the roles' vectors.
         return np.sort(np.concatenate([first, other[0::2]])), np.sort(np.concatenate([second, other[1::2]]))
 
-    def _deal(self, taker_VQ: NDArray[np.integer], times_VQ: Floats) -> csr_array:
+    def _own(self) -> NDArray[np.intp]:
+        """``(V, Q)``: every vector takes its own answers."""
+        vectors, questions = self.count_VQ.shape
+        return np.tile(np.arange(vectors)[:, None], questions)
+
+    def _half_of_question(self) -> NDArray[np.intp]:
+        """``(Q,)``: 1 for the questions of the second half."""
+        half_Q = np.zeros(self.count_VQ.shape[1], dtype=np.intp)
+        half_Q[self._halves()[1]] = 1
+        return half_Q
+
+    def _deal(self, taker_VQ: NDArray[np.intp], times_VQ: Floats, half_Q: NDArray[np.intp]) -> csr_array:
         """Weights ``(H, C)`` that give the answers of cell (v, q) to vector ``taker_VQ[v, q]`` of q's half."""
         vectors, questions = self.count_VQ.shape
-        half_Q = np.zeros(questions, dtype=np.int64)
-        half_Q[self._halves()[1]] = 1
         row_VQ = taker_VQ + half_Q * vectors
         used = (self.count_VQ > 0) & (times_VQ > 0)
         cell_VQ = np.arange(vectors * questions).reshape(vectors, questions)
@@ -232,14 +239,6 @@ def _quantiles(draws: Sequence[Measures]) -> Measures:
     """The quantile of each measure's null, over the draws that have it."""
     found = {name: _quantile(np.array([getattr(draw, name) for draw in draws]), QUANTILE) for name in MEASURED}
     return Measures(**found)  # type: ignore[arg-type]
-
-
-def spearman(a: Floats, b: Floats) -> Floats:
-    """Spearman correlation over the last axis."""
-    left, right = (rank - rank.mean(axis=-1, keepdims=True) for rank in (rankdata(x, axis=-1) for x in (a, b)))
-    norm = np.sqrt((left**2).sum(axis=-1) * (right**2).sum(axis=-1))
-    correlation: Floats = (left * right).sum(axis=-1) / norm
-    return correlation
 
 
 def rank_auc(positions: Floats, is_positive: NDArray[np.bool_], is_negative: NDArray[np.bool_]) -> Floats:

@@ -17,6 +17,9 @@ from personaspace.store.errors import InputError
 from personaspace.store.formats.role_names import DEFAULT_ROLE, SCENARIO
 
 Level = Literal["all", "fully", "somewhat"]
+Part = Literal["default", "roles", "traits"]
+PARTS: tuple[Part, ...] = ("default", "roles", "traits")
+"""What the rollouts of a run are told apart by; conversations are in none of them."""
 LEVEL_OF_SCORE: Mapping[int, Level] = {3: "fully", 2: "somewhat"}
 MOST_NEEDED = 50
 """The reference project's least number of rollouts of a role vector, for 1,200 rollouts of each role."""
@@ -98,7 +101,7 @@ def group_rollouts(
     group must have; default: see MOST_NEEDED. Raises InputError where `default` or all but one role have too few.
     """
     count_R = np.bincount(role_N, minlength=len(roles))
-    is_role = np.array([_is_role(role) for role in roles])
+    is_role = np.array([part_of(role) == "roles" for role in roles])
     if needed is None:
         typical = float(np.median(count_R[is_role & (count_R > 0)])) if (is_role & (count_R > 0)).any() else 0
         needed = int(max(1, min(MOST_NEEDED, typical // NEEDED_SHARE)))
@@ -134,14 +137,18 @@ def group_name(role: str, level: Level) -> str:
 
 def pooled(roles: Sequence[Mapping[str, Any]], role_N: NDArray[np.integer]) -> NDArray[np.bool_]:
     """Which rollouts the PCA over all rollouts takes: those of `default` and of every role, whatever their score."""
-    counts = np.array([_is_role(role) or role["id"] == DEFAULT_ROLE for role in roles])
+    counts = np.array([part_of(role) in ("default", "roles") for role in roles])
     pooled_N: NDArray[np.bool_] = counts[role_N]
     return pooled_N
 
 
-def _is_role(role: Mapping[str, Any]) -> bool:
-    # The poles of traits are no roles, and have vectors of their own; conversations are no roles at all.
-    return role["id"] != DEFAULT_ROLE and not role.get("pole") and role.get("kind") != SCENARIO
+def part_of(role: Mapping[str, Any]) -> Part | None:
+    """What a row of the run's table of roles is: the poles of traits are no roles, and conversations no part at all."""
+    if role["id"] == DEFAULT_ROLE:
+        return "default"
+    if role.get("kind") == SCENARIO:
+        return None
+    return "traits" if role.get("pole") else "roles"
 
 
 def _members(group: Group, role_N: NDArray[np.integer], score_N: NDArray[np.floating] | None) -> NDArray[np.bool_]:

@@ -9,7 +9,7 @@ import xarray as xr
 
 from personaspace.store.errors import InputError
 from personaspace.store.exchange.export_runs import choose_rollouts, rollout_tables, write_assistant_axis
-from personaspace.store.exchange.export_tables import write_tables
+from personaspace.store.exchange.export_tables import fit_tables
 from personaspace.store.exchange.export_transcripts import write_transcripts
 from personaspace.store.formats.directions import Directions, some
 from personaspace.store.formats.gguf_files import write_control_vector
@@ -17,6 +17,7 @@ from personaspace.store.formats.hf_dataset import DatasetCard, write_dataset
 from personaspace.store.formats.role_names import DEFAULT_ROLE
 from personaspace.store.formats.role_vectors import write_role_vectors
 from personaspace.store.formats.safetensors_files import manifest_of, write_directions
+from personaspace.store.formats.tables import write_tables
 from personaspace.store.manifest import MANIFEST, Manifest, require_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.space import open_space, space_objects
@@ -60,7 +61,7 @@ def export(
     if format == "transcripts":
         write_transcripts(folder, manifest, destination, roles=roles, sample=sample, overwrite=overwrite, say=say)
     elif format == "tables":
-        write_tables(_part(folder, open_space(folder), roles, layers), destination, overwrite=overwrite)
+        write_tables(destination, fit_tables(_part(folder, open_space(folder), roles, layers)), overwrite=overwrite)
     elif format in ("assistant-axis", "dataset"):
         part = choose_rollouts(folder, roles=roles, sample=sample, scores=scores, say=say)
         directions = None

@@ -1,15 +1,10 @@
 """The numbers of a fit as tables, CSV and Parquet: what its report draws, for other programs."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 import xarray as xr
-
-from personaspace.store.formats.files import replacing_parts
 
 ROWS = {"layers": ("layer",), "roles": ("role", "layer"), "traits": ("trait", "layer"), "variance": ("layer",)}
 """Table -> dims of its rows."""
@@ -44,16 +39,6 @@ def fit_tables(space: xr.Dataset) -> dict[str, pa.Table]:
             columns |= _spread(str(name), space[name].transpose(*dims, ...), len(dims))
         found[table] = pa.table({name: _plain(values) for name, values in columns.items()})
     return found
-
-
-def write_tables(space: xr.Dataset, destination: Path, *, overwrite: bool) -> None:
-    """Each table as NAME.csv and NAME.parquet in a folder."""
-    tables = fit_tables(space)
-    parts = [f"{name}.{ending}" for name in tables for ending in ("csv", "parquet")]
-    with replacing_parts(destination, parts, overwrite=overwrite) as temporary:
-        for name, table in tables.items():
-            pyarrow.csv.write_csv(table, temporary / f"{name}.csv")
-            pyarrow.parquet.write_table(table, temporary / f"{name}.parquet")
 
 
 def _spread(name: str, variable: xr.DataArray, rows: int) -> dict[str, np.ndarray]:

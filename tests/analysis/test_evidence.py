@@ -10,7 +10,8 @@ from sklearn.metrics import roc_auc_score
 
 from personaspace.analysis.cells import Cells
 from personaspace.analysis.config import AnalysisConfig
-from personaspace.analysis.evidence import Design, Evidence, gather_evidence, rank_auc, spearman
+from personaspace.analysis.evidence import Design, Evidence, gather_evidence, rank_auc
+from personaspace.analysis.similarity import rank_correlation
 from personaspace.analysis.space import fit_space
 
 ROLES, QUESTIONS, HIDDEN = 20, 12, 24
@@ -169,7 +170,7 @@ def test_random_directions_have_the_stated_quantile() -> None:
 def test_measures_agree_with_scipy_and_sklearn() -> None:
     generator = np.random.default_rng(6)
     a, b = generator.integers(0, 6, size=(2, 30)).astype(float)
-    assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic)
+    assert rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)
     positive = np.arange(30) % 3 == 0
     negative = np.arange(30) % 3 == 1
     chosen = positive | negative
