@@ -4,12 +4,12 @@ Held out by question: the axis is fitted on every other question and the roles a
 The null permutes the roles within each question, so that every role loses its identity while questions, and the mean
 over roles, stay. Intervals are 95% basic bootstraps, over roles and over questions; the axis is fitted anew in each
 draw. (Basic, not percentile: a draw has the noise of the sample twice, so its cosine lies below that of the sample; in
-tests with a known truth percentile intervals of the cosine never held it.) Shape suffixes: R roles without default, V
-= R + 1 vectors, H = 2 V vectors of the two halves, Q questions, C cells, P draws.
+tests with a known truth percentile intervals of the cosine never held it.) Draws are measured in batches. Shape
+suffixes: P draws, R roles without default, V = R + 1 vectors, H = 2 V vectors of the two halves, C cells.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from scipy.stats import beta, rankdata
 
 from personaspace.analysis.cells import Cells
 from personaspace.analysis.config import AnalysisConfig
+from personaspace.analysis.design import Design
 from personaspace.analysis.gram import Floats, axis_geometry, held_out_positions
 from personaspace.analysis.similarity import rank_correlation
 
@@ -31,17 +32,19 @@ RANGES = {"cos_axis_pc1": (0.0, 1.0), "kind_auc": (0.0, 1.0), "rank_correlation"
 MEASURED = (*RANGES, "position_R")
 RESAMPLED = ("roles", "questions")
 """What the bootstrap draws anew."""
+BATCH_BYTES = 2**24
+"""Of the vectors of one batch of draws, so that they stay in the cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measures:
-    """What is measured of one set of cells; NaN where it can't be."""
+    """What is measured of one set of cells, or of each of several draws (an axis in front); NaN where it can't be."""
 
-    cos_axis_pc1: float
+    cos_axis_pc1: Floats
     """abs(cosine) of the axis and the first principal component of the role vectors."""
-    kind_auc: float
+    kind_auc: Floats
     """ROC AUC of one kind of roles against another, placed on an axis that never saw their questions."""
-    rank_correlation: float
+    rank_correlation: Floats
     """Spearman correlation of the roles' ranking between two halves of the questions: split-half reliability."""
     position_R: Floats
     """Position of every role, by all questions: the mean role at 0, `default` at 1."""
@@ -67,141 +70,96 @@ def gather_evidence(cells: Cells, roles: int, questions: int, kinds: Sequence[st
     order; ``kinds``: of these roles.
     """
     generator = np.random.default_rng(config.seed)
-    count_VQ = cells.count_C[: (1 + roles) * questions].reshape(1 + roles, questions)
-    design = Design(count_VQ=count_VQ, kinds=tuple(kinds), config=config)
-    observed_HH, rollouts_H = design.gram(cells, design.weights(), np.float64)
-    observed = design.measure(observed_HH, rollouts_H)
-    null = [
-        design.measure(*design.gram(cells, weights, np.float32))
-        for weights in design.permuted(generator, config.permutations)
-    ]
-    by_question = [
-        design.measure(*design.gram(cells, weights, np.float32))
-        for weights in design.resampled(generator, config.bootstrap)
-    ]
-    by_role = [
-        design.measure(observed_HH, rollouts_H, generator.integers(roles, size=roles)) for _ in range(config.bootstrap)
-    ]
+    design = Design(count_VQ=cells.count_C[: (1 + roles) * questions].reshape(1 + roles, questions))
+    scale = Scale(vectors=1 + roles, kinds=tuple(kinds), config=config)
+    batch = max(1, BATCH_BYTES // (4 * 2 * (1 + roles) * len(cells.shift_D)))
+    own_PHH, rollouts_PH = scale.gram(cells, design.weights(), np.float64)
+    observed = scale.measure(own_PHH, rollouts_PH)
+    null = scale.measure_all(cells, design.permuted(generator, config.permutations, batch))
+    by_question = scale.measure_all(cells, design.resampled(generator, config.bootstrap, batch))
+    drawn_PR = generator.integers(roles, size=(config.bootstrap, roles))
+    by_role = joined(
+        scale.measure(own_PHH, rollouts_PH, drawn_PR[start : start + batch])
+        for start in range(0, config.bootstrap, batch)
+    )
+    first = Measures(**{name: getattr(observed, name)[0] for name in MEASURED})
     return Evidence(
-        observed=observed,
-        null_p99=_quantiles(null),
+        observed=first,
+        null_p99=Measures(**{name: _quantile(getattr(null, name), QUANTILE) for name in MEASURED}),
         # The squared cosine of random directions in D dimensions is Beta(1/2, (D-1)/2).
         cos_random_p99=float(np.sqrt(beta.ppf(QUANTILE, 0.5, (len(cells.shift_D) - 1) / 2))),
         intervals={
-            "roles": _intervals(observed, by_role, roles),
+            "roles": _intervals(first, by_role, roles),
             # Questions are drawn within their half.
-            "questions": _intervals(observed, by_question, questions // 2),
+            "questions": _intervals(first, by_question, questions // 2),
         },
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Design:
-    """Which cells there are, and how they are put together anew."""
+class Scale:
+    """What the vectors of both halves are measured by."""
 
-    count_VQ: NDArray[np.int64]
-    """Rollouts of `default` and each role, by question."""
+    vectors: int
+    """V."""
     kinds: tuple[str, ...]
+    """Of the roles."""
     config: AnalysisConfig
 
-    def weights(self) -> csr_array:
-        """Weights ``(H, C)`` of the vectors of both halves."""
-        return self._deal(self._own(), np.ones(self.count_VQ.shape), self._half_of_question())
-
-    def permuted(self, generator: np.random.Generator, draws: int) -> Iterator[csr_array]:
-        """Weights where the roles that answered a question have dealt their answers out anew."""
-        present_RQ, half_Q = self.count_VQ[1:] > 0, self._half_of_question()
-        times = np.ones(self.count_VQ.shape)
-        for _ in range(draws):
-            key_RQ = generator.random(present_RQ.shape)
-            taker_VQ = self._own()
-            # Among the roles that are there, the one with the n-th smallest key takes the answer of the n-th role.
-            order_RQ = np.argsort(np.where(present_RQ, key_RQ, 2.0), axis=0)
-            place_RQ = np.cumsum(present_RQ, axis=0) - 1
-            dealt_RQ = 1 + np.take_along_axis(order_RQ, np.maximum(place_RQ, 0), axis=0)
-            taker_VQ[1:][present_RQ] = dealt_RQ[present_RQ]
-            yield self._deal(taker_VQ, times, half_Q)
-
-    def resampled(self, generator: np.random.Generator, draws: int) -> Iterator[csr_array]:
-        """Weights where the questions of each half are drawn with replacement."""
-        vectors, questions = self.count_VQ.shape
-        halves, half_Q = self._halves(), self._half_of_question()
-        for _ in range(draws):
-            times_Q = np.zeros(questions, dtype=np.int64)
-            for half in (half for half in halves if len(half)):
-                times_Q += np.bincount(generator.choice(half, size=len(half)), minlength=questions)
-            yield self._deal(self._own(), np.tile(times_Q, (vectors, 1)), half_Q)
+    def measure_all(self, cells: Cells, batches: Iterable[csr_array]) -> Measures:
+        """The measures of every draw, from the weights of batches of them; float32 does for a spread."""
+        return joined(self.measure(*self.gram(cells, weights, np.float32)) for weights in batches)
 
     def gram(self, cells: Cells, weights: csr_array, dtype: type[np.floating]) -> tuple[Floats, Floats]:
-        """Gram matrix ``(H, H)`` of the halves' vectors, and the rollouts in each ``(H,)``."""
-        vector_HD, rollouts_H = cells.vectors(weights.astype(dtype))
-        vector_HD = np.nan_to_num(vector_HD, copy=False)
-        return (vector_HD @ vector_HD.T).astype(np.float64), rollouts_H
+        """Gram matrices ``(P, H, H)`` of the halves' vectors, and the rollouts in each ``(P, H)``."""
+        vector_XD, rollouts_X = cells.vectors(weights.astype(dtype))
+        vector_PHD = np.nan_to_num(vector_XD, copy=False).reshape(-1, 2 * self.vectors, vector_XD.shape[1])
+        return (vector_PHD @ vector_PHD.transpose(0, 2, 1)).astype(np.float64), rollouts_X.reshape(vector_PHD.shape[:2])
 
-    def measure(self, gram_HH: Floats, rollouts_H: Floats, drawn_R: NDArray[np.intp] | None = None) -> Measures:
-        """The measures of the halves' vectors. ``drawn_R``: roles drawn with replacement."""
-        vectors = len(self.count_VQ)
-        rollouts_2V = rollouts_H.reshape(2, vectors)
-        total_V = rollouts_2V.sum(axis=0)
-        present = 1 + np.flatnonzero(total_V[1:] > 0)
-        drawn = present - 1 if drawn_R is None else drawn_R
-        if not total_V[0] or len(np.unique(drawn)) < 2:
-            nothing = np.full(vectors - 1, math.nan)
-            return Measures(cos_axis_pc1=math.nan, kind_auc=math.nan, rank_correlation=math.nan, position_R=nothing)
+    def measure(self, gram_PHH: Floats, rollouts_PH: Floats, drawn_PR: NDArray[np.intp] | None = None) -> Measures:
+        """The measures of each draw. ``drawn_PR``: roles drawn with replacement, from vectors that are all the same."""
+        vectors, roles = self.vectors, self.vectors - 1
+        rollouts_P2V = rollouts_PH.reshape(-1, 2, vectors)
+        total_PV = rollouts_P2V.sum(axis=1)
+        if drawn_PR is None:
+            drawn_PR = np.broadcast_to(np.arange(roles), (len(total_PV), roles))
+        draws = len(drawn_PR)
+        has_axis_PR = (total_PV[:, 1:] > 0) & (total_PV[:, :1] > 0)
+        times_PR = (drawn_PR[:, :, None] == np.arange(roles)).sum(axis=1) * has_axis_PR
         # A vector over all questions is the mean of its halves by their rollouts.
-        share_2V = rollouts_2V / np.maximum(total_V, 1)
-        joint_VH = np.concatenate([np.diag(share_V) for share_V in share_2V], axis=1)
-        geometry = axis_geometry(joint_VH @ gram_HH @ joint_VH.T, drawn)
-        auc = rank = math.nan
-        if (rollouts_H > 0).all():
-            halves = (slice(0, vectors), slice(vectors, None))
-            placed = np.stack(
+        share_P2V = rollouts_P2V / np.maximum(total_PV, 1)[:, None]
+        gram_P2V2V = gram_PHH.reshape(-1, 2, vectors, 2, vectors)
+        joint_PVV = np.einsum("piv,pivjw,pjw->pvw", share_P2V, gram_P2V2V, share_P2V, optimize=True)
+        position_PR, cosine_P = axis_geometry(np.broadcast_to(joint_PVV, (draws, vectors, vectors)), times_PR)
+        auc_P = rank_P = np.full(draws, math.nan)
+        whole_P = np.broadcast_to((rollouts_PH > 0).all(axis=1), draws) & ((times_PR > 0).sum(axis=1) > 1)
+        if whole_P.any():
+            placed_2PR = np.stack(
                 [
-                    held_out_positions(gram_HH[held, fit], gram_HH[fit, fit], drawn)[drawn]
-                    for fit, held in (halves, halves[::-1])
+                    np.take_along_axis(
+                        held_out_positions(gram_P2V2V[:, held, :, fit], gram_P2V2V[:, fit, :, fit], times_PR),
+                        drawn_PR,
+                        axis=1,
+                    )
+                    for fit, held in ((0, 1), (1, 0))
                 ]
             )
-            rank = float(rank_correlation(placed[0], placed[1]))
-            kind = np.array(self.kinds)[drawn]
-            positive, negative = kind == self.config.positive_kind, kind == self.config.negative_kind
-            if positive.any() and negative.any():
-                auc = float(rank_auc(placed, positive, negative).mean())
+            rank_P = np.where(whole_P, rank_correlation(*placed_2PR), math.nan)
+            kind_PR = np.array(self.kinds)[drawn_PR]
+            positive_PR, negative_PR = kind_PR == self.config.positive_kind, kind_PR == self.config.negative_kind
+            auc_P = np.where(whole_P, rank_auc(placed_2PR, positive_PR, negative_PR).mean(axis=0), math.nan)
         return Measures(
-            cos_axis_pc1=geometry.cos_axis_pc1,
-            kind_auc=auc,
-            rank_correlation=rank,
-            position_R=np.where(total_V[1:] > 0, geometry.position_R, np.nan),
+            cos_axis_pc1=cosine_P,
+            kind_auc=auc_P,
+            rank_correlation=rank_P,
+            position_R=np.where(total_PV[:, 1:] > 0, position_PR, np.nan),
         )
 
-    def _halves(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """Every other question that `default` and some role answered, and the rest."""
-        asked = np.flatnonzero((self.count_VQ[0] > 0) & (self.count_VQ[1:] > 0).any(axis=0))
-        other = np.setdiff1d(np.arange(self.count_VQ.shape[1]), asked)
-        first, second = asked[0::2], asked[1::2]
-        if len(second) < 2:
-            return np.arange(self.count_VQ.shape[1]), np.empty(0, dtype=np.intp)
-        # Questions that say nothing of the axis still belong to the roles' vectors.
-        return np.sort(np.concatenate([first, other[0::2]])), np.sort(np.concatenate([second, other[1::2]]))
 
-    def _own(self) -> NDArray[np.intp]:
-        """``(V, Q)``: every vector takes its own answers."""
-        vectors, questions = self.count_VQ.shape
-        return np.tile(np.arange(vectors)[:, None], questions)
-
-    def _half_of_question(self) -> NDArray[np.intp]:
-        """``(Q,)``: 1 for the questions of the second half."""
-        half_Q = np.zeros(self.count_VQ.shape[1], dtype=np.intp)
-        half_Q[self._halves()[1]] = 1
-        return half_Q
-
-    def _deal(self, taker_VQ: NDArray[np.intp], times_VQ: Floats, half_Q: NDArray[np.intp]) -> csr_array:
-        """Weights ``(H, C)`` that give the answers of cell (v, q) to vector ``taker_VQ[v, q]`` of q's half."""
-        vectors, questions = self.count_VQ.shape
-        row_VQ = taker_VQ + half_Q * vectors
-        used = (self.count_VQ > 0) & (times_VQ > 0)
-        cell_VQ = np.arange(vectors * questions).reshape(vectors, questions)
-        shape = (2 * vectors, vectors * questions)
-        return csr_array((times_VQ[used].astype(np.float64), (row_VQ[used], cell_VQ[used])), shape=shape)
+def joined(batches: Iterable[Measures]) -> Measures:
+    """The draws of all batches."""
+    found = list(batches)
+    return Measures(**{name: np.concatenate([getattr(batch, name) for batch in found]) for name in MEASURED})
 
 
 def basic_interval(observed: Floats, draws: Floats, items: int) -> tuple[Floats, Floats]:
@@ -224,27 +182,22 @@ def _quantile(draws: Floats, quantile: float) -> Floats:
     return found
 
 
-def _intervals(observed: Measures, draws: Sequence[Measures], items: int) -> tuple[Measures, Measures]:
+def _intervals(observed: Measures, draws: Measures, items: int) -> tuple[Measures, Measures]:
     ends: tuple[dict[str, Floats], dict[str, Floats]] = ({}, {})
     for name in MEASURED:
-        values = np.array([getattr(draw, name) for draw in draws])
-        found = basic_interval(np.asarray(getattr(observed, name)), values, items)
+        found = basic_interval(getattr(observed, name), getattr(draws, name), items)
         for end, value in zip(ends, found, strict=True):
             end[name] = np.clip(value, *RANGES[name]) if name in RANGES else value
-    low, high = (Measures(**end) for end in ends)  # type: ignore[arg-type]
+    low, high = (Measures(**end) for end in ends)
     return low, high
 
 
-def _quantiles(draws: Sequence[Measures]) -> Measures:
-    """The quantile of each measure's null, over the draws that have it."""
-    found = {name: _quantile(np.array([getattr(draw, name) for draw in draws]), QUANTILE) for name in MEASURED}
-    return Measures(**found)  # type: ignore[arg-type]
-
-
 def rank_auc(positions: Floats, is_positive: NDArray[np.bool_], is_negative: NDArray[np.bool_]) -> Floats:
-    """ROC AUC over the last axis (roles), from the rank sum of the positives (Mann-Whitney)."""
-    chosen = np.concatenate([positions[..., is_positive], positions[..., is_negative]], axis=-1)
-    count, others = int(is_positive.sum()), int(is_negative.sum())
-    rank_sum = rankdata(chosen, axis=-1)[..., :count].sum(axis=-1)
-    area: Floats = (rank_sum - count * (count + 1) / 2) / (count * others)
+    """ROC AUC over the last axis (roles), from the rank sum of the positives (Mann-Whitney); NaN without both kinds."""
+    count, others = is_positive.sum(axis=-1), is_negative.sum(axis=-1)
+    # What is neither comes last, where it changes no rank.
+    rank = rankdata(np.where(is_positive | is_negative, positions, np.inf), axis=-1)
+    rank_sum = (rank * is_positive).sum(axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        area: Floats = (rank_sum - count * (count + 1) / 2) / (count * others)
     return area

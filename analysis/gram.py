@@ -1,66 +1,70 @@
 """Axis, first component and positions from inner products alone, which is all that resampling needs to know.
 
 Vectors are `default`'s first, then the roles'. With K their Gram matrix and a the coefficients of the axis
-(1 for `default`, -1/R for each role), axis . v = K a, |axis|^2 = a K a, and PC1 is the leading eigenvector of the
-roles' centred Gram matrix (the dual form of PCA). Shape suffixes: R roles, V = R + 1 vectors.
+(1 for `default`, -t/T for each role that counts t times of T), axis . v = K a, |axis|^2 = a K a, and PC1 is the leading
+eigenvector of the roles' centred Gram matrix (the dual form of PCA). Shape suffixes: P draws, R roles, V = R + 1
+vectors.
 """
-
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh
 
 Floats = NDArray[np.floating]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AxisGeometry:
-    """The axis of some vectors, as far as their inner products tell."""
+def axis_geometry(gram_PVV: Floats, times_PR: Floats) -> tuple[Floats, Floats]:
+    """Positions of all roles on the axis ``(P, R)``: mean role at 0, `default` at 1; and abs(cosine) of axis and PC1.
 
-    position_R: Floats
-    """Each role's position: the mean role at 0, `default` at 1."""
-    cos_axis_pc1: float
-    """abs(cosine) of the axis and the first component of the roles."""
-
-
-def axis_coefficients(roles: int, drawn_R: NDArray[np.intp] | None = None) -> Floats:
-    """``(V,)``: what the axis takes of each vector; with ``drawn_R`` of roles drawn with replacement."""
-    counts = np.ones(roles) if drawn_R is None else np.bincount(drawn_R, minlength=roles)
-    return np.concatenate([[1.0], -counts / counts.sum()])
-
-
-def axis_geometry(gram_VV: Floats, drawn_R: NDArray[np.intp] | None = None) -> AxisGeometry:
-    """Positions of all roles on the axis, and its cosine with PC1. ``drawn_R``: roles that make axis and PC1."""
-    roles = len(gram_VV) - 1
-    a_V = axis_coefficients(roles, drawn_R)
-    along_V = gram_VV @ a_V
-    squared = float(a_V @ along_V)
-    drawn = np.arange(roles) if drawn_R is None else drawn_R
-    origin = along_V[1:][drawn].mean()
-    centred_RR = centre(gram_VV[1:, 1:][np.ix_(drawn, drawn)])
-    value, vector_R1 = eigh(centred_RR, subset_by_index=[len(drawn) - 1, len(drawn) - 1])
-    along_R = along_V[1:][drawn] - origin
+    ``times_PR``: how often each role counts for both. NaN where fewer than two do.
+    """
+    usable_P = (times_PR > 0).sum(axis=1) > 1
+    # The draws without an axis go through with even weights, since no eigensolver takes NaN.
+    times_PR = np.where(usable_P[:, None], times_PR, 1.0)
+    a_PV, share_PR = _axis(times_PR)
+    along_PV = _apply(gram_PVV, a_PV)
+    squared_P = (a_PV * along_PV).sum(axis=1)
+    along_PR = along_PV[:, 1:] - (along_PV[:, 1:] * share_PR).sum(axis=1, keepdims=True)
+    # A role that counts t times is a row times sqrt(t), about the weighted mean.
+    root_PR = np.sqrt(times_PR)
+    value_PR, vector_PRR = np.linalg.eigh(
+        _centred(gram_PVV[:, 1:, 1:], share_PR) * root_PR[:, :, None] * root_PR[:, None, :]
+    )
     with np.errstate(invalid="ignore", divide="ignore"):
-        cosine = abs(float(vector_R1[:, 0] @ along_R)) / np.sqrt(float(value[0]) * squared)
-        return AxisGeometry(position_R=(along_V[1:] - origin) / squared, cos_axis_pc1=float(cosine))
+        along_pc1_P = (vector_PRR[:, :, -1] * root_PR * along_PR).sum(axis=1)
+        cosine_P = np.abs(along_pc1_P) / np.sqrt(value_PR[:, -1] * squared_P)
+        position_PR = along_PR / squared_P[:, None]
+    return np.where(usable_P[:, None], position_PR, np.nan), np.where(usable_P, cosine_P, np.nan)
 
 
-def held_out_positions(cross_VV: Floats, fit_VV: Floats, drawn_R: NDArray[np.intp] | None = None) -> Floats:
-    """Positions ``(R,)`` of held-out role vectors on the axis of others.
+def held_out_positions(cross_PVV: Floats, fit_PVV: Floats, times_PR: Floats) -> Floats:
+    """Positions ``(P, R)`` of held-out role vectors on the axis of others.
 
-    ``cross_VV[i, j]``: inner product of held-out vector i and fitted vector j; ``fit_VV``: the Gram matrix of the
+    ``cross_PVV[:, i, j]``: inner product of held-out vector i and fitted vector j; ``fit_PVV``: the Gram matrix of the
     latter.
     """
-    a_V = axis_coefficients(len(fit_VV) - 1, drawn_R)
-    along_V = cross_VV @ a_V
-    drawn = slice(None) if drawn_R is None else drawn_R
-    position_R: Floats = (along_V[1:] - along_V[1:][drawn].mean()) / float(a_V @ fit_VV @ a_V)
-    return position_R
+    a_PV, share_PR = _axis(times_PR)
+    along_PR = _apply(cross_PVV, a_PV)[:, 1:]
+    squared_P = (a_PV * _apply(fit_PVV, a_PV)).sum(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        position_PR: Floats = (along_PR - (along_PR * share_PR).sum(axis=1, keepdims=True)) / squared_P[:, None]
+    return position_PR
 
 
-def centre(gram_RR: Floats) -> Floats:
-    """The Gram matrix of vectors less their mean."""
-    mean_R = gram_RR.mean(axis=0)
-    centred_RR: Floats = gram_RR - mean_R - mean_R[:, None] + mean_R.mean()
-    return centred_RR
+def _axis(times_PR: Floats) -> tuple[Floats, Floats]:
+    """Coefficients of the axis ``(P, V)``, and the share of each role in the mean role ``(P, R)``."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share_PR = times_PR / times_PR.sum(axis=1, keepdims=True)
+    return np.concatenate([np.ones((len(share_PR), 1)), -share_PR], axis=1), share_PR
+
+
+def _apply(matrix_PVV: Floats, vector_PV: Floats) -> Floats:
+    product: Floats = (matrix_PVV @ vector_PV[:, :, None])[:, :, 0]
+    return product
+
+
+def _centred(gram_PRR: Floats, share_PR: Floats) -> Floats:
+    """The Gram matrices of vectors less their weighted mean."""
+    mean_PR = _apply(gram_PRR, share_PR)
+    overall_P = (mean_PR * share_PR).sum(axis=1)
+    centred_PRR: Floats = gram_PRR - mean_PR[:, :, None] - mean_PR[:, None, :] + overall_P[:, None, None]
+    return centred_PRR

@@ -10,7 +10,8 @@ from sklearn.metrics import roc_auc_score
 
 from personaspace.analysis.cells import Cells
 from personaspace.analysis.config import AnalysisConfig
-from personaspace.analysis.evidence import Design, Evidence, gather_evidence, rank_auc
+from personaspace.analysis.design import Design
+from personaspace.analysis.evidence import Evidence, gather_evidence, rank_auc
 from personaspace.analysis.similarity import rank_correlation
 from personaspace.analysis.space import fit_space
 
@@ -91,8 +92,8 @@ def test_measures_from_inner_products_are_those_of_the_vectors() -> None:
 def test_permuting_keeps_the_mean_of_each_question_and_moves_every_answer_once() -> None:
     _, count_VQ = planted(1.0, seed=8)
     count_VQ[3, 2] = count_VQ[5] = 0
-    design = Design(count_VQ=count_VQ, kinds=tuple(KINDS), config=QUICK)
-    [weights] = design.permuted(np.random.default_rng(0), 1)
+    design = Design(count_VQ=count_VQ)
+    [weights] = design.permuted(np.random.default_rng(0), 1, 1)
     np.testing.assert_array_equal(weights.sum(axis=0), (count_VQ > 0).ravel().astype(float))
     own = design.weights().toarray()
     np.testing.assert_array_equal(weights.toarray()[[0, ROLES + 1]], own[[0, ROLES + 1]], "default keeps its answers")
