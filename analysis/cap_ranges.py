@@ -1,4 +1,4 @@
-"""Which layers a cap is put on: ranges as people write them, those of the paper, and windows for a sweep.
+"""What caps are chosen by: percentiles, whose rollouts, and ranges of layers as people write them or for a sweep.
 
 A range is a Python `range`: its stop is no part of it, as in the ids of the reference project (`layers_46:54-p0.25`
 caps blocks 46 to 53). People write `46-53`. Paper: arXiv 2601.10387, section 5.
@@ -6,10 +6,15 @@ caps blocks 46 to 53). People write `46-53`. Paper: arXiv 2601.10387, section 5.
 
 import re
 from collections.abc import Collection, Sequence
+from typing import Literal
 
 from personaspace.store.errors import InputError
 from personaspace.store.layout import ranges as in_words
 
+Over = Literal["all", "roles", "default"]
+"""Whose rollouts the percentiles are of."""
+PERCENTILES = (1.0, 25.0, 50.0, 75.0)
+"""Those of the paper (section 5.1.1)."""
 PAPER_RANGES = (("Qwen 3 32B", 64, range(46, 54)), ("Llama 3.3 70B", 80, range(56, 72)))
 """(model, its number of blocks, the range that the paper found best for it) (section 5.2)."""
 

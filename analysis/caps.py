@@ -14,13 +14,12 @@ compares with tau. Shape suffixes: N rollouts, L layers, P percentiles, G groups
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from personaspace.analysis.cap_ranges import check_ranges, range_id, suggested_ranges
+from personaspace.analysis.cap_ranges import PERCENTILES, Over, check_ranges, range_id, suggested_ranges
 from personaspace.analysis.groups import PARTS, part_of
 from personaspace.store.errors import InputError
 from personaspace.store.formats.directions import CappingConfig, CapVector
@@ -30,10 +29,6 @@ from personaspace.store.reader import open_run
 from personaspace.store.space import open_space
 
 Floats = NDArray[np.float64]
-Over = Literal["all", "roles", "default"]
-
-PERCENTILES = (1.0, 25.0, 50.0, 75.0)
-"""Those of the paper (section 5.1.1)."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Of each group's projections, towards the Assistant: lowest first."""
 SITE = "resid_post"

@@ -3,29 +3,23 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
-
-import numpy as np
-import xarray as xr
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any, get_args
 
 from personaspace.analysis.cap_ranges import (
+    PERCENTILES,
+    Over,
     check_ranges,
     parse_range,
-    range_id,
     suggested_ranges,
     sweep_ranges,
     written,
 )
-from personaspace.analysis.caps import PERCENTILES, Over, capping_config, compute_caps
 from personaspace.store.errors import InputError
-from personaspace.store.exchange.export import refuse_bad_place
-from personaspace.store.formats.capping_json import write_capping_json
-from personaspace.store.formats.directions import CappingConfig
 from personaspace.store.manifest import require_manifest
-from personaspace.store.space import open_space
 from personaspace.watch_cli import run_of
+
+if TYPE_CHECKING:
+    from personaspace.store.formats.directions import CappingConfig
 
 EPILOG = """\
 examples:
@@ -37,8 +31,6 @@ examples:
 A percentile counts from the Assistant's end, as in the reference project's files: p25 leaves a quarter of the rollouts
 alone and touches the others, so the lower, the stronger. docs/caps.md has the formula, the signs and the trap."""
 ENDINGS = (".pt", ".json")
-NOT_HARMLESS = 0.1
-"""Share of default's own rollouts from which on a threshold is marked."""
 
 
 def add_caps(commands: Any) -> None:
@@ -80,6 +72,11 @@ def add_caps(commands: Any) -> None:
 
 def run_caps(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
     """Print thresholds and what they touch, write them if asked, and return the exit code 0."""
+    from personaspace.analysis.caps import capping_config, compute_caps
+    from personaspace.caps_output import NOT_HARMLESS, print_experiments, print_layers
+    from personaspace.store.exchange.export import refuse_bad_place
+    from personaspace.store.space import open_space
+
     if flags:
         raise InputError(f"caps: unknown argument {flags[0]}. See `personaspace caps --help`.")
     output: Path | None = parsed.output
@@ -97,8 +94,8 @@ def run_caps(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
         for group, count in zip(caps["group"].values, caps["group_count"].values.tolist(), strict=True)
     )
     print(f"{folder.url}: {depth} layers; rollouts: {counts}; percentiles over {caps.attrs['over_count']:,} of them")
-    _print_layers(caps, ranges, every=parsed.all)
-    _print_experiments(caps, ranges)
+    print_layers(caps, ranges, every=parsed.all)
+    print_experiments(caps, ranges)
     print(f"*: touches {NOT_HARMLESS:.0%} of default's own rollouts or more: the Assistant itself is changed.")
     print("Shares are of responses, by their means. A cap acts on each token: where few responses are touched, more")
     print("tokens are, since tokens spread wider than means.")
@@ -126,70 +123,10 @@ def _ranges(parsed: argparse.Namespace, depth: int, layers: Sequence[int]) -> li
     return ranges
 
 
-def _print_layers(caps: xr.Dataset, ranges: Sequence[range], *, every: bool) -> None:
-    """Each layer's projections by group, and each percentile's threshold with what it touches."""
-    groups = caps["group"].values.tolist()
-    table = Table(box=None, pad_edge=False)
-    table.add_column("layer", justify="right", no_wrap=True)
-    for group in groups:
-        table.add_column(f"{group}\nmedian (5-95%)", justify="right", no_wrap=True)
-    table.add_column("mean\ndefault", justify="right", no_wrap=True)
-    for percentile in caps["percentile"].values:
-        table.add_column(f"p{percentile:g}\ntau", justify="right", no_wrap=True)
-        table.add_column(f"\n{' / '.join(groups)}", justify="right", no_wrap=True)
-    for layer in caps["layer"].values.tolist():
-        if not every and not any(layer in chosen for chosen in ranges):
-            continue
-        here = caps.sel(layer=layer)
-        cells = [str(layer)]
-        for group in groups:
-            low, middle, high = (_number(here["projection"].sel(group=group, quantile=q)) for q in (0.05, 0.5, 0.95))
-            cells.append(f"{middle} ({low} to {high})")
-        cells.append(f"p{float(here['default_percentile']):.0f}")
-        for percentile in caps["percentile"].values:
-            cells += [
-                _number(here["threshold"].sel(percentile=percentile)),
-                _touched(here["touched"].sel(percentile=percentile)),
-            ]
-        table.add_row(*cells)
-    print(
-        "projections on the axis (towards the Assistant is up), thresholds tau, and the share below tau of each group:"
-    )
-    _show(table)
-
-
-def _print_experiments(caps: xr.Dataset, ranges: Sequence[range]) -> None:
-    """Each range with the share of rollouts that lies beyond the threshold in one of its layers or more."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("experiment", no_wrap=True)
-    table.add_column("layers", justify="right", no_wrap=True)
-    for percentile in caps["percentile"].values:
-        table.add_column(f"-p{percentile / 100:g}", justify="right", no_wrap=True)
-    for chosen in ranges:
-        here = caps["touched_anywhere"].sel(range=range_id(chosen))
-        cells = [_touched(here.sel(percentile=percentile)) for percentile in caps["percentile"].values]
-        table.add_row(f"layers_{range_id(chosen)}", written(chosen), *cells)
-    print(f"share of {' / '.join(caps['group'].values)} that is below tau in at least one layer of the range:")
-    _show(table)
-
-
-def _touched(share_G: xr.DataArray) -> str:
-    shares = dict(zip(share_G["group"].values.tolist(), share_G.values.tolist(), strict=True))
-    mark = "*" if shares.get("default", 0) >= NOT_HARMLESS else " "
-    return " / ".join(f"{share:.0%}" for share in shares.values()) + mark
-
-
-def _number(value: xr.DataArray) -> str:
-    return np.format_float_positional(float(value), precision=4, fractional=False, unique=False, trim="-")
-
-
-def _show(table: Table) -> None:
-    console = Console()
-    Console(width=None if console.is_terminal else 200).print(table)
-
-
-def _write(file: Path, config: CappingConfig, *, overwrite: bool) -> None:
+def _write(file: Path, config: "CappingConfig", *, overwrite: bool) -> None:
     if file.suffix == ".json":
+        from personaspace.store.formats.capping_json import write_capping_json
+
         write_capping_json(file, config, overwrite=overwrite)
     else:
         from personaspace.store.formats.torch_files import write_capping

@@ -11,7 +11,6 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-from dask.base import tokenize
 from numpy.typing import NDArray
 
 from personaspace.store.errors import IntegrityError
@@ -45,6 +44,8 @@ class CommittedShards:
 
     def __dask_tokenize__(self) -> str:
         """Changes whenever more is committed or repaired, so that Dask never mixes two states of a run."""
+        from dask.base import tokenize
+
         return str(tokenize(self._folder.url, self._path, self.layout, self._generations))
 
     def __getitem__(self, index: tuple[Any, ...]) -> NDArray[np.float32]:
@@ -126,6 +127,8 @@ class SelectedShards:
         self.shape = (len(row_N), len(layer_L), shards.shape[2])
 
     def __dask_tokenize__(self) -> str:
+        from dask.base import tokenize
+
         return str(tokenize(self._shards, self._row_N, self._layer_L))
 
     def __getitem__(self, index: tuple[Any, ...]) -> NDArray[np.float32]:

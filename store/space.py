@@ -7,20 +7,21 @@ import uuid
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
-
-import xarray as xr
+from typing import TYPE_CHECKING, Any
 
 from personaspace.store.errors import InputError
 from personaspace.store.objects import Folder
 from personaspace.store.records import StoredObject, describe, read_object
 from personaspace.store.sealed import seal, unseal
 
+if TYPE_CHECKING:
+    import xarray as xr
+
 SPACE = "space"
 LATEST = f"{SPACE}/latest.json"
 
 
-def save_space(folder: Folder, space: xr.Dataset) -> None:
+def save_space(folder: Folder, space: "xr.Dataset") -> None:
     """Store the Dataset under a name of its own, then point to it: readers never see half."""
     before = _read_latest(folder)
     number = 1 if before is None else int(before["name"].split("-")[0]) + 1
@@ -46,11 +47,13 @@ def copy_space(source: Folder, target: Folder) -> None:
         target.replace(LATEST, seal(latest))
 
 
-def open_space(folder: Folder) -> xr.Dataset:
+def open_space(folder: Folder) -> "xr.Dataset":
     """The latest fit of the run, lazy. Raises InputError if there is none."""
     latest = _read_latest(folder)
     if latest is None:
         raise InputError(f"{folder.url}: no persona space yet; run `fit` first.")
+    import xarray as xr
+
     space = xr.open_zarr(folder.zarr_store(f"{SPACE}/{latest['name']}"))
     # Much of NumPy does not take the variable-length strings that Zarr reads.
     texts = {name: space[name].astype(object).astype(str) for name in space.coords if space[name].dtype.kind == "T"}

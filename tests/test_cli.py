@@ -205,6 +205,12 @@ def test_refuses_layers_beyond_the_model(tmp_path: Path, model: Path, capsys: py
     refuse(capsys, arguments, "extract.layers: [6]; give some of the layers 0 to 5.", root=tmp_path)
 
 
+def test_commands_start_without_what_takes_seconds_to_import() -> None:
+    script = "import sys, personaspace.cli, personaspace.store; print(*sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert not {"torch", "transformers", "ray", "dask", "xarray", "pandas", "scipy"} & set(printed.split())
+
+
 def test_help_lists_commands_and_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
