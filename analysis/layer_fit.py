@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from personaspace.analysis.cells import Cells, selection
 from personaspace.analysis.config import AnalysisConfig
-from personaspace.analysis.eigen import Decomposition, decompose
 from personaspace.analysis.evidence import Evidence, gather_evidence
 from personaspace.analysis.groups import Groups
+from personaspace.analysis.pca.eigen import Decomposition, decompose
 from personaspace.analysis.separation import Folds, Separation, fit_folds, length_correlation, separation
 from personaspace.analysis.space import PersonaSpace, fit_space
 from personaspace.analysis.summary import Rows, Summary, Values

@@ -17,7 +17,7 @@ from distributed import Client, get_client
 from threadpoolctl import threadpool_limits
 
 from personaspace.analysis.layer_fit import LayerFit, Plan, finish_layer
-from personaspace.analysis.moments import Precision
+from personaspace.analysis.pca.moments import Precision
 from personaspace.analysis.summary import Rows, Summary, Values, summarise, summary_bytes
 from personaspace.store.errors import InputError
 

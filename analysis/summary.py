@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personaspace.analysis.cells import Cells
-from personaspace.analysis.moments import Moments, Precision
+from personaspace.analysis.pca.moments import Moments, Precision
 
 BLOCK_ROWS = 2048
 """About as many rollouts are read, and multiplied, at a time."""

@@ -32,7 +32,7 @@ from sklearn.decomposition import PCA, IncrementalPCA
 from threadpoolctl import threadpool_limits
 
 from personaspace.analysis.layers import summarise_part
-from personaspace.analysis.pca import ExactIncrementalPCA
+from personaspace.analysis.pca.estimator import ExactIncrementalPCA
 from personaspace.analysis.summary import BLOCK_ROWS, Rows
 from personaspace.store.layout import Layout, shard_key
 from personaspace.store.local import LocalFolder

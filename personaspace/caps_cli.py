@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from personaspace.analysis.cap_ranges import (
+from personaspace.analysis.caps.ranges import (
     PERCENTILES,
     Over,
     check_ranges,
@@ -72,7 +72,7 @@ def add_caps(commands: Any) -> None:
 
 def run_caps(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
     """Print thresholds and what they touch, write them if asked, and return the exit code 0."""
-    from personaspace.analysis.caps import capping_config, compute_caps
+    from personaspace.analysis.caps.thresholds import capping_config, compute_caps
     from personaspace.caps_output import NOT_HARMLESS, print_experiments, print_layers
     from personaspace.store.exchange.export import refuse_bad_place
     from personaspace.store.space import open_space

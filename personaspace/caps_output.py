@@ -7,7 +7,7 @@ import xarray as xr
 from rich.console import Console
 from rich.table import Table
 
-from personaspace.analysis.cap_ranges import range_id, written
+from personaspace.analysis.caps.ranges import range_id, written
 
 NOT_HARMLESS = 0.1
 """Share of default's own rollouts from which on a threshold is marked."""

@@ -56,10 +56,10 @@ def run_compare(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
     if len(parsed.targets) < 2:
         raise InputError("compare: one run; give at least two, such as runs/base runs/instruct.")
     # The libraries of the analysis load here, so that --help and bad input answer at once.
-    from personaspace.analysis.compare import compare
-    from personaspace.analysis.comparison_report import Beside, Source, render_comparison
-    from personaspace.analysis.comparison_runs import basis, differences, open_runs, provenance, samples
-    from personaspace.analysis.comparison_tables import document, write_tables
+    from personaspace.analysis.compare.comparison import compare
+    from personaspace.analysis.compare.report import Beside, Source, render_comparison
+    from personaspace.analysis.compare.runs import basis, differences, open_runs, provenance, samples
+    from personaspace.analysis.compare.tables import document, write_tables
 
     refuse_existing(parsed.output, overwrite=parsed.overwrite or _is_comparison(parsed.output))
     if parsed.json is not None:
@@ -100,7 +100,7 @@ def run_compare(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
 
 def _is_comparison(file: Path) -> bool:
     """Whether the file is a page that this command wrote."""
-    from personaspace.analysis.comparison_report import MARK
+    from personaspace.analysis.compare.report import MARK
 
     if not file.is_file():
         return False
@@ -110,8 +110,8 @@ def _is_comparison(file: Path) -> bool:
 
 def _print(item: Any) -> None:
     """One pair: what is compared, and every measure with what chance gives."""
-    from personaspace.analysis.comparison_report import findings
-    from personaspace.analysis.movers import movers
+    from personaspace.analysis.compare.movers import movers
+    from personaspace.analysis.compare.report import findings
 
     pair = item.pair
     moved = movers(pair)

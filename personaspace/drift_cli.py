@@ -55,9 +55,9 @@ def run_drift(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
     if flags:
         raise InputError(f"drift: unknown argument {flags[0]}. See `personaspace drift --help`.")
     # The libraries of the analysis load here, so that --help and bad input answer at once.
-    from personaspace.analysis.drift_report import choose, render_drift
-    from personaspace.analysis.drift_run import drift_of, read_talks
-    from personaspace.analysis.drift_tables import document, write_tables
+    from personaspace.analysis.drift.report import choose, render_drift
+    from personaspace.analysis.drift.run import drift_of, read_talks
+    from personaspace.analysis.drift.tables import document, write_tables
 
     page = parsed.output or (None if parsed.json else PAGE)
     if page is not None:
@@ -87,7 +87,7 @@ def run_drift(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
 
 def _is_page(file: Path) -> bool:
     """Whether the file is a page that this command wrote."""
-    from personaspace.analysis.drift_report import MARKER
+    from personaspace.analysis.drift.report import MARKER
 
     if not file.is_file():
         return False
@@ -97,8 +97,8 @@ def _is_page(file: Path) -> bool:
 
 def _print(drift: Any) -> None:
     """What moved at the target layer: means, and the conversations with the largest drift."""
-    from personaspace.analysis.drift import movements
-    from personaspace.analysis.drift_tables import largest
+    from personaspace.analysis.drift.tables import largest
+    from personaspace.analysis.drift.trajectories import movements
 
     layer, count = drift.attrs["target_layer"], drift.attrs["default_count"]
     held = f"{drift.sizes['conversation']:,} conversations, {int(drift['turns'].sum()):,} turns"

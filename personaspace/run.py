@@ -8,9 +8,9 @@ from dataclasses import asdict, replace
 from transformers.utils import logging as transformers_logging
 
 from personaspace.analysis.fit import fit, fitted_array, target_layer
-from personaspace.analysis.publish import publish_report
 from personaspace.analysis.quality.assess import assess
 from personaspace.analysis.quality.words import warnings
+from personaspace.analysis.report.publish import publish_report
 from personaspace.cluster.dask_workers import analysis_workers
 from personaspace.cluster.droplimit import DropLimit
 from personaspace.cluster.engines import check_engine

@@ -7,7 +7,7 @@ import pytest
 from personaspace.cli import main
 from personaspace.store.formats.capping_json import read_capping_json
 from personaspace.store.local import LocalFolder
-from tests.analysis.small_fit import write_fitted
+from tests.analysis.caps.small_fit import write_fitted
 
 
 @pytest.fixture(scope="module")

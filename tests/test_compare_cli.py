@@ -9,7 +9,7 @@ import pytest
 
 from personaspace.cli import main
 from personaspace.store.local import LocalFolder
-from tests.analysis.twin_runs import ROLES, write_fitted
+from tests.analysis.compare.twin_runs import ROLES, write_fitted
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from personaspace.analysis.drift_report import MARKER
+from personaspace.analysis.drift.report import MARKER
 from personaspace.cli import main
-from tests.analysis.talk_runs import MEAN, write_fitted_run, write_talk_run
+from tests.analysis.drift.talk_runs import MEAN, write_fitted_run, write_talk_run
 
 
 @pytest.fixture

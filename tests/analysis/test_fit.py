@@ -9,7 +9,7 @@ import pytest
 
 from personaspace.analysis.config import AnalysisConfig
 from personaspace.analysis.fit import fit, target_layer
-from personaspace.analysis.publish import publish_report
+from personaspace.analysis.report.publish import publish_report
 from personaspace.store import open_run
 from personaspace.store.commit import commit
 from personaspace.store.creation import write_run

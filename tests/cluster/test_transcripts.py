@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from personaspace.analysis.drift import trajectories
+from personaspace.analysis.drift.trajectories import trajectories
 from personaspace.cluster.config import ClusterConfig
 from personaspace.cluster.job import prepare
 from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig
@@ -15,7 +15,7 @@ from personaspace.extract.engine import Extractor
 from personaspace.store import open_spans
 from personaspace.store.config import StoreConfig
 from personaspace.store.rollouts import read_rollouts
-from tests.analysis.talks import a_space
+from tests.analysis.drift.talks import a_space
 from tests.cluster.test_extraction import run_job
 from tests.models import tiny_checkpoint
 

@@ -5,8 +5,10 @@ from pathlib import Path
 from personaspace.analysis.quality.assess import assess
 from personaspace.analysis.quality.section import ROLES_SHOWN, QualitySection, quality_section
 from personaspace.store.local import LocalFolder
+from tests.analysis.browsing import text_of
 from tests.analysis.quality.responses import LOOP, PLAIN, REFUSAL, write
-from tests.analysis.test_report import build_space, render, text_of
+from tests.analysis.report.rendered import render
+from tests.analysis.spaces import build_space
 
 
 def test_section_holds_the_worst_roles_and_what_the_fit_left_out(tmp_path: Path) -> None:

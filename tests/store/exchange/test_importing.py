@@ -9,7 +9,7 @@ import torch
 
 from personaspace.analysis.config import AnalysisConfig
 from personaspace.analysis.fit import fit
-from personaspace.analysis.publish import publish_report
+from personaspace.analysis.report.publish import publish_report
 from personaspace.extract.personas import plan_imported
 from personaspace.store import open_run
 from personaspace.store.catalog import summarize

@@ -1,0 +1,1 @@
+"""Activation caps: thresholds on the Assistant Axis, and ranges of layers for them."""

@@ -1,0 +1,1 @@
+"""Fitted runs beside each other: measures, page and tables."""

@@ -1,0 +1,1 @@
+"""Turns of conversations in a persona space: trajectories, page and tables."""

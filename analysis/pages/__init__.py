@@ -1,0 +1,1 @@
+"""What all our pages share: the template environment, charts, CSS and script."""
