@@ -52,7 +52,7 @@ def main() -> None:
     for name, value in figures.items():
         print(f"{name:42s} {value:.9g}")
     if options.json:
-        options.json.write_text(json.dumps({"machine": describe_machine(), **figures}, indent=1))
+        options.json.write_text(json.dumps({"machine": describe_machine(Path.cwd()), **figures}, indent=1))
 
 
 def compare(source: Path, activations: Activations, run: Path) -> dict[str, float]:
