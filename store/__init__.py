@@ -2,10 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
+from personaspace.store.space import open_space
+
 if TYPE_CHECKING:
     from personaspace.store.reader import open_run, open_spans, select
 
-__all__ = ["open_run", "open_spans", "select"]
+__all__ = ["open_run", "open_space", "open_spans", "select"]
 
 
 def __getattr__(name: str) -> Any:

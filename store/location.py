@@ -8,14 +8,19 @@ from personaspace.store.local import LocalFolder
 from personaspace.store.objects import Folder
 from personaspace.store.remote import RemoteFolder, check_url
 
+Location = str | Path | Folder
+"""Whatever names a folder: a path, a URL, or the folder itself."""
+
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def open_folder(location: str | Path) -> Folder:
+def open_folder(location: Location) -> Folder:
     """The folder at a local path, a ``file://`` URL, or a URL of an object store. It need not exist.
 
     Raises InputError for a URL that is unknown or carries credentials.
     """
+    if not isinstance(location, str | Path):
+        return location
     text = str(location).removeprefix("file://")
     if "://" in text:
         return RemoteFolder(check_url(text))

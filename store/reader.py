@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import dask.array as da
@@ -14,7 +13,7 @@ from dask.base import tokenize
 from personaspace.store.committed import CommittedStore
 from personaspace.store.errors import InputError
 from personaspace.store.index import read_index
-from personaspace.store.location import open_folder
+from personaspace.store.location import Location, open_folder
 from personaspace.store.manifest import Manifest, require_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.plan import read_plan_table
@@ -29,7 +28,7 @@ CHUNK_BYTES = 8_000_000
 """Of a Dask chunk of what `select` gives, unless a single shard has more: for less, Dask takes longer than reading."""
 
 
-def open_run(url: str | Path | Folder, *, scores: str | None = None) -> xr.Dataset:
+def open_run(url: Location, *, scores: str | None = None) -> xr.Dataset:
     """Open a run as a lazy Dataset with Dask chunks along its shards.
 
     Arrays have dims ``(rollout, layer, hidden)``, float32. Rows and layers without a commit record read as NaN, and
@@ -43,7 +42,7 @@ def open_run(url: str | Path | Folder, *, scores: str | None = None) -> xr.Datas
     >>> run = open_run("runs/demo")                                                      # doctest: +SKIP
     >>> select(run, role="ghost", layer=20)["resid_post_mean"].mean("rollout").values    # doctest: +SKIP
     """
-    folder = open_folder(url) if isinstance(url, str | Path) else url
+    folder = open_folder(url)
     manifest = require_manifest(folder)
     committed = committed_slots(folder)
     plan = read_plan_table(folder, manifest)
@@ -73,14 +72,14 @@ def open_run(url: str | Path | Folder, *, scores: str | None = None) -> xr.Datas
     return xr.Dataset(arrays, {**coordinates, "layer": np.arange(manifest.layout.layers, dtype=np.int32)}, attributes)
 
 
-def open_spans(url: str | Path | Folder) -> xr.Dataset:
+def open_spans(url: Location) -> xr.Dataset:
     """Open a run's arrays with a row for each span: an assistant turn, or its think or answer part.
 
     Dims ``(span, layer, hidden)``; coordinates ``rollout`` (row of ``open_run``), ``turn``, ``part`` (`whole`,
     `think`, `answer`) and ``count`` (tokens averaged). Only committed spans are there. Raises InputError if there
     is no run, or one without such arrays.
     """
-    folder = open_folder(url) if isinstance(url, str | Path) else url
+    folder = open_folder(url)
     manifest = require_manifest(folder)
     if not manifest.spans_per_rollout:
         raise InputError(f"{folder.url}: the run has no arrays by span; open_run reads what it has.")

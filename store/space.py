@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from personaspace.store.errors import InputError
+from personaspace.store.location import Location, open_folder
 from personaspace.store.objects import Folder
 from personaspace.store.records import StoredObject, describe, read_object
 from personaspace.store.sealed import seal, unseal
@@ -47,8 +48,9 @@ def copy_space(source: Folder, target: Folder) -> None:
         target.replace(LATEST, seal(latest))
 
 
-def open_space(folder: Folder) -> "xr.Dataset":
-    """The latest fit of the run, lazy. Raises InputError if there is none."""
+def open_space(url: Location) -> "xr.Dataset":
+    """The latest fit of the run at ``url``, lazy. Raises InputError if there is none."""
+    folder = open_folder(url)
     latest = _read_latest(folder)
     if latest is None:
         raise InputError(f"{folder.url}: no persona space yet; run `fit` first.")

@@ -23,6 +23,7 @@ from personaspace.analysis.caps.ranges import PERCENTILES, Over, check_ranges, r
 from personaspace.analysis.groups import PARTS, part_of
 from personaspace.store.errors import InputError
 from personaspace.store.formats.directions import CappingConfig, CapVector
+from personaspace.store.location import Location, open_folder
 from personaspace.store.manifest import Manifest, require_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.reader import open_run
@@ -36,13 +37,13 @@ SITE = "resid_post"
 
 
 def compute_caps(
-    folder: Folder,
+    run: Location,
     *,
     over: Over = "all",
     percentiles: Sequence[float] = PERCENTILES,
     ranges: Sequence[range] | None = None,
 ) -> xr.Dataset:
-    """Thresholds of every fitted layer, exact over the chosen rollouts of the run's latest fit, and what they touch.
+    """Thresholds of every fitted layer, exact over the chosen rollouts of ``run``'s latest fit, and what they touch.
 
     ``over``: whose projections the percentiles are of: `all` (default, roles and both poles of traits, as in the
     paper), `roles`, or `default`. ``percentiles``: percent, from the Assistant's end. ``ranges``: layers that are
@@ -59,6 +60,7 @@ def compute_caps(
     Raises InputError where there is no fit, where it is not of the residual stream after blocks, and for percentiles,
     groups and ranges that can't be.
     """
+    folder = open_folder(run)
     manifest, space = require_manifest(folder), open_space(folder)
     _check(space, folder, over, percentiles)
     layers = [int(layer) for layer in space["layer"].values]

@@ -13,6 +13,7 @@ from personaspace.analysis.compare.pairing import Fitted
 from personaspace.analysis.report.render import Sample
 from personaspace.store.errors import InputError
 from personaspace.store.formats.role_names import DEFAULT_ROLE
+from personaspace.store.location import Location, open_folder
 from personaspace.store.manifest import Manifest, identity_changes, require_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.plan import read_plan_table
@@ -33,8 +34,9 @@ class Run:
     manifest: Manifest
 
 
-def open_runs(folders: Sequence[Folder]) -> list[Run]:
-    """The runs in these folders. Raises InputError for one without a fit, and for one that is given twice."""
+def open_runs(urls: Sequence[Location]) -> list[Run]:
+    """The runs at ``urls``. Raises InputError for one without a fit, and for one that is given twice."""
+    folders = [open_folder(url) for url in urls]
     twice = [folder.url for at, folder in enumerate(folders) if folder.url in {f.url for f in folders[:at]}]
     if twice:
         raise InputError(f"compare: {twice[0]} is given twice; a run is compared with others.")

@@ -12,6 +12,7 @@ from personaspace.analysis.drift.trajectories import trajectories
 from personaspace.store.errors import InputError
 from personaspace.store.formats.role_names import SCENARIO
 from personaspace.store.layout import ranges
+from personaspace.store.location import Location, open_folder
 from personaspace.store.manifest import Manifest, identity_diff, require_manifest
 from personaspace.store.objects import Folder
 from personaspace.store.reader import open_spans, stored_layers
@@ -39,15 +40,16 @@ class Talk:
     """The model that gave the answers."""
 
 
-def drift_of(folder: Folder, fitted: Folder | None = None, *, layer: int | None = None) -> xr.Dataset:
-    """``trajectories`` of a run's conversations, in its own space or that of the run ``fitted``.
+def drift_of(run: Location, space_of: Location | None = None, *, layer: int | None = None) -> xr.Dataset:
+    """``trajectories`` of a run's conversations, in its own space or that of the run ``space_of``.
 
     With coordinates of the conversations besides: ``domain`` (or the role), ``scenario``, ``topic``, ``sample`` and
     ``rollout_id``; and attributes: ``run``, ``space``, ``model``, ``target_layer``, ``notes`` (how the runs differ).
     ``layer``: the only one. Raises InputError where run and space don't fit together.
     """
+    folder = open_folder(run)
+    fitted = folder if space_of is None else open_folder(space_of)
     manifest = require_manifest(folder)
-    fitted = fitted or folder
     of_space = manifest if fitted.url == folder.url else require_manifest(fitted)
     space = _open_space(fitted, own=fitted.url == folder.url)
     spec = _turns_array(folder, manifest, str(space.attrs["array"]))
