@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all vllm test-vllm lint format wheel clean
+.PHONY: help install demo notebook test test-all vllm test-vllm lint format wheel clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ demo: $(VENV)/.demo ## run the main job on SmolLM2-135M; the report lands in run
 	$(BIN)/python -m personaspace.extract.demo_model
 	$(BIN)/personaspace run configs/demo.yaml
 	@echo "Open runs/demo/report.html in a browser."
+
+notebook: $(VENV)/.dev ## execute examples/demo.ipynb on the run of `make demo`; the outputs land in runs/demo.ipynb
+	$(BIN)/jupyter execute examples/demo.ipynb --output ../runs/demo
 
 test: $(VENV)/.dev ## run the tests, without those marked slow
 	$(PYTEST) -m "not slow and not gpu"

@@ -57,8 +57,9 @@ def open_space(url: Location) -> "xr.Dataset":
     import xarray as xr
 
     space = xr.open_zarr(folder.zarr_store(f"{SPACE}/{latest['name']}"))
-    # Much of NumPy does not take the variable-length strings that Zarr reads.
-    texts = {name: space[name].astype(object).astype(str) for name in space.coords if space[name].dtype.kind == "T"}
+    # Much of NumPy does not take the strings of any length that Zarr reads, and lazy ones would have no length.
+    names = [name for name in space.coords if space[name].dtype.kind == "T"]
+    texts = {name: (space[name].dims, space[name].values.astype(object).astype(str)) for name in names}
     opened: xr.Dataset = space.assign_coords(texts)
     return opened
 

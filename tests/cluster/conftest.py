@@ -10,10 +10,11 @@ from personaspace.cluster.config import ClusterConfig
 from personaspace.cluster.session import ray_cluster
 
 
-@pytest.fixture(scope="package")
+# Of the session: pytest-xdist deals files out by their length, and would leave and enter this folder all the time.
+@pytest.fixture(scope="session")
 def ray_head() -> Iterator[str]:
     """Address of a cluster of one node with two CPUs."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     yield cluster.address
     cluster.shutdown()
 

@@ -42,7 +42,7 @@ cluster: {{stages: 2}}
 Step = Literal["extract", "generate"]
 SIZES: Mapping[Step, Mapping[str, int]] = {
     "extract": {"questions": 48, "tokens": 8, "batch_rows": 480},
-    "generate": {"questions": 48, "tokens": 100, "batch_rows": 40},
+    "generate": {"questions": 16, "tokens": 60, "batch_rows": 40},
 }
 ARRAYS: Mapping[Step, str] = {"extract": RESID_POST_MEAN, "generate": ROLLOUTS}
 """What a step commits, by its name in records."""

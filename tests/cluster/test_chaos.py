@@ -17,7 +17,7 @@ def place() -> Iterator[Laboratory]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["node killed", "store read-only 5 s", "driver killed"],
+    ["node killed", "store read-only 5 s", pytest.param("driver killed", marks=pytest.mark.nightly)],
 )
 def test_a_disturbed_extraction_ends_as_an_undisturbed_one(place: Laboratory, name: str) -> None:
     random.seed(0)

@@ -155,6 +155,7 @@ def failing(answer: Answer, after: int) -> Callable[[dict[str, Any]], Answer]:
     return respond
 
 
+@pytest.mark.nightly
 def test_a_failing_auditor_stops_the_run_and_costs_only_the_batch(place: Place) -> None:
     run = "failing"
     answer = Answer(status=500, text=f"no, {KEY}", headers={"Retry-After": "0.1"})

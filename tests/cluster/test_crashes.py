@@ -25,7 +25,9 @@ def assert_whole(trial: Trial) -> None:
     assert trial.recomputed_outside == 0
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4, 0.8])
+@pytest.mark.parametrize(
+    "share", [0.4, pytest.param(0.0, marks=pytest.mark.nightly), pytest.param(0.8, marks=pytest.mark.nightly)]
+)
 def test_killed_driver_resumes_to_identical_arrays(laboratory: Laboratory, share: float) -> None:
     assert_whole(laboratory.kill_driver(f"uniform-{share}", share * laboratory.seconds))
 
@@ -46,7 +48,7 @@ def test_killed_generation_resumes_to_the_same_rollouts(tmp_path: Path) -> None:
     assert trial.adopted >= 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)])
 def test_interrupt_leaves_a_resumable_run_and_no_stray_process(laboratory: Laboratory, number: signal.Signals) -> None:
     run, mark = f"interrupt-{number.name}", uuid.uuid4().hex
     path = laboratory.copy_base(run)

@@ -45,7 +45,7 @@ with orderly_end(), ray_cluster(ClusterConfig()), dask_on_ray(seats(alive_nodes(
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     """A head without CPUs, and two nodes with one each."""
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for _ in range(2):
         made.add_node(num_cpus=1)
     yield made
@@ -78,7 +78,7 @@ def test_a_stored_run_is_fitted_on_every_node(
     assert open_space(folder).load().drop_attrs().identical(on_threads.drop_attrs())
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)])
 def test_a_driver_that_ends_leaves_no_workers(cluster: Cluster, number: signal.Signals) -> None:
     environment = {**os.environ, "RAY_ADDRESS": cluster.address}
     with subprocess.Popen(
@@ -96,6 +96,7 @@ def test_a_driver_that_ends_leaves_no_workers(cluster: Cluster, number: signal.S
         assert "never retrieved" not in errors
 
 
+@pytest.mark.nightly
 def test_nodes_that_go_are_done_without_until_none_is_left(cluster: Cluster) -> None:
     with ray_cluster(ClusterConfig(address=cluster.address)):
         places = seats(alive_nodes(), None)

@@ -96,6 +96,7 @@ def test_a_job_that_is_stopped_goes_on_where_it_was(cluster: LocalCluster, model
     assert verify(folder).problems == ()
 
 
+@pytest.mark.nightly
 def test_a_driver_that_is_killed_leaves_a_run_that_goes_on(cluster: LocalCluster, model: Path, tmp_path: Path) -> None:
     folder = LocalFolder(tmp_path / "runs" / "killed")
     command = ("personaspace", "generate", config_file(tmp_path, model, "killed", tokens=80))

@@ -39,7 +39,7 @@ def test_what_differs_in_a_model_s_folder_is_told(tmp_path: Path) -> None:
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     made.add_node(num_cpus=1)
     yield made
     ray.shutdown()

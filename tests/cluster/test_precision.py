@@ -49,7 +49,7 @@ def write_config(folder: Path) -> Path:
 @pytest.fixture
 def with_gpu() -> Iterator[str]:
     """Address of a cluster that has, by its own account, a GPU on one of two nodes."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     cluster.add_node(num_cpus=1, num_gpus=1)
     yield cluster.address
     cluster.shutdown()

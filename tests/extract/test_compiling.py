@@ -55,10 +55,17 @@ def test_compiled_stages_give_what_a_plain_forward_pass_gives(tmp_path: Path, ho
         np.testing.assert_array_equal(several, single)
 
 
+OFTEN = {("gemma2", False), ("mixtral", False), ("gpt_oss", False), ("gemma3_text", True)}
+
+
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "packed"), [*((name, False) for name in FAMILIES), ("llama", True), ("gemma3_text", True)]
+    ("name", "packed"),
+    [
+        pytest.param(*case, marks=() if case in OFTEN else pytest.mark.nightly)
+        for case in [*((name, False) for name in FAMILIES), ("llama", True), ("gemma3_text", True)]
+    ],
 )
 def test_every_family_compiles(name: str, packed: bool, tmp_path: Path) -> None:
     family = Family.tiny(name, tmp_path)

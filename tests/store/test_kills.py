@@ -17,13 +17,13 @@ def here(request: pytest.FixtureRequest) -> Iterator[Laboratory]:
         yield made
 
 
-@pytest.mark.parametrize("number", [1, 4, 5])
+@pytest.mark.parametrize("number", [1, *(pytest.param(n, marks=pytest.mark.nightly) for n in (4, 5))])
 def test_run_that_is_killed_at_any_moment_resumes_to_identical_objects(here: Laboratory, number: int) -> None:
     trial = here.trial(number, aimed=False)
     assert not trial.failed, trial
 
 
-@pytest.mark.parametrize("number", [2, 5])
+@pytest.mark.parametrize("number", [2, pytest.param(5, marks=pytest.mark.nightly)])
 def test_crash_between_publish_and_record_is_found_and_adopted(here: Laboratory, number: int) -> None:
     trial = here.trial(number, aimed=True)
     assert not trial.failed, trial
