@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from personaspace.analysis.caps.section import cap_section
 from personaspace.analysis.quality.assess import assess
 from personaspace.analysis.quality.section import quality_section
 from personaspace.analysis.report.render import Completeness, DroppedRollout, Sample, render_report
@@ -21,7 +22,7 @@ from personaspace.store.space import open_space
 
 def publish_report(folder: Folder) -> str:
     """Write the report of the latest fit and return where it is. Raises InputError if there is no fit."""
-    space = open_space(folder)
+    space = open_space(folder).load()
     run = open_run(folder)
     manifest = require_manifest(folder)
     rollouts = read_rollouts(
@@ -30,7 +31,7 @@ def publish_report(folder: Folder) -> str:
     )
     counts = {name: int((run["status"].values == code).sum()) for code, name in enumerate(STATUS)}
     page = render_report(
-        space.load(),
+        space,
         title=f"Persona space of {manifest.identity['model']['name']}",
         samples=_samples(rollouts),
         provenance=_provenance(manifest, folder, space.attrs),
@@ -42,6 +43,7 @@ def publish_report(folder: Folder) -> str:
             rows_pending=manifest.layout.rows - counts["ok"] - counts["dropped"],
         ),
         quality=quality_section(assess(folder), space.attrs),
+        caps=cap_section(folder, space),
     )
     folder.replace(REPORT, page.encode())
     return f"{folder.url}/{REPORT}"

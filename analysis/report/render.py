@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
+from personaspace.analysis.caps.section import CapSection
 from personaspace.analysis.pages import charts
 from personaspace.analysis.pages.page import render_page
 from personaspace.analysis.quality.section import QualitySection
@@ -85,11 +86,12 @@ def render_report(
     dropped: Sequence[DroppedRollout],
     completeness: Completeness,
     quality: QualitySection | None = None,
+    caps: CapSection | None = None,
 ) -> str:
     """Render the whole page.
 
     `samples` maps a role, or `default`, to a response to show. `provenance` is a list of labels and values; a row
-    labelled "Model" also goes to the head of the page. Without `quality` the page says nothing of it.
+    labelled "Model" also goes to the head of the page. Without `quality` or `caps` the page says nothing of it.
     """
     target = int(space.attrs["target_layer"])
     figures.layer_index(space, target)
@@ -97,11 +99,12 @@ def render_report(
         "report/report.html.j2",
         title=title,
         quality=quality,
+        caps=caps,
         target=target,
         space=space,
         model=next((value for label, value in provenance if label.lower() == "model"), None),
         findings=[describe(space, measure, target) for measure in MEASURES],
-        data=_page_data(space, samples, target),
+        data=_page_data(space, samples, target, caps),
         views=_views(space),
         kinds=charts.legend([str(kind) for kind in space["role_kind"].values]),
         needed=_needed(space, target),
@@ -118,11 +121,15 @@ def _views(space: xr.Dataset) -> dict[str, tuple[int, ...]]:
     return {name: view for name, view in MAP_VIEWS.items() if max(view) < max(2, space.sizes["component"])}
 
 
-def _page_data(space: xr.Dataset, samples: Mapping[str, Sample], target: int) -> dict[str, object]:
+def _page_data(
+    space: xr.Dataset, samples: Mapping[str, Sample], target: int, caps: CapSection | None
+) -> dict[str, object]:
     responses = {role: sample.response for role, sample in samples.items()}
     drawn = {measure.name: layer_figures.evidence(space, measure) for measure in MEASURES}
     drawn |= {"ranking": figures.ranking(space, target), "scree": layer_figures.scree(space, target)}
     drawn |= {"cumulative": layer_figures.cumulative_variance(space), "overview": layer_figures.overview(space)}
+    if caps is not None:
+        drawn["caps"] = caps.figure
     if "trait" in space.dims:
         drawn["traits"] = figures.trait_ranking(space, target)
     for name, view in _views(space).items():
