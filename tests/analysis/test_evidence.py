@@ -10,7 +10,6 @@ from sklearn.metrics import roc_auc_score
 
 from personaspace.analysis.cells import Cells
 from personaspace.analysis.config import AnalysisConfig
-from personaspace.analysis.design import Design
 from personaspace.analysis.evidence import Evidence, gather_evidence, rank_auc
 from personaspace.analysis.similarity import rank_correlation
 from personaspace.analysis.space import fit_space
@@ -87,19 +86,6 @@ def test_measures_from_inner_products_are_those_of_the_vectors() -> None:
     chosen = [kind != "everyday" for kind in KINDS]
     is_positive = np.array([kind == "professional" for kind in KINDS])[chosen]
     assert observed.kind_auc == pytest.approx(np.mean([roc_auc_score(is_positive, x_R[chosen]) for x_R in placed]))
-
-
-def test_permuting_keeps_the_mean_of_each_question_and_moves_every_answer_once() -> None:
-    _, count_VQ = planted(1.0, seed=8)
-    count_VQ[3, 2] = count_VQ[5] = 0
-    design = Design(count_VQ=count_VQ)
-    [weights] = design.permuted(np.random.default_rng(0), 1, 1)
-    np.testing.assert_array_equal(weights.sum(axis=0), (count_VQ > 0).ravel().astype(float))
-    own = design.weights().toarray()
-    np.testing.assert_array_equal(weights.toarray()[[0, ROLES + 1]], own[[0, ROLES + 1]], "default keeps its answers")
-    assert (weights.toarray()[5] == 0).all(), "a role without answers is dealt none"
-    np.testing.assert_array_equal(weights.sum(axis=1), own.sum(axis=1), "every role answers its own questions")
-    assert (weights.toarray() != own).any()
 
 
 def test_same_seed_same_numbers() -> None:
