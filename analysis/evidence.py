@@ -32,8 +32,12 @@ RANGES = {"cos_axis_pc1": (0.0, 1.0), "kind_auc": (0.0, 1.0), "rank_correlation"
 MEASURED = (*RANGES, "position_R")
 RESAMPLED = ("roles", "questions")
 """What the bootstrap draws anew."""
-BATCH_BYTES = 2**24
-"""Of the vectors of one batch of draws, so that they stay in the cache."""
+BATCH_BYTES = 2**25
+"""Of the Gram matrices and vectors of one batch of draws."""
+STRIP_BYTES = 2**23
+"""Of the cells' sums that all draws of a batch pass over before the next dimensions: about what a cache holds."""
+NARROWEST = 512
+"""Dimensions of a strip, at least."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +76,7 @@ def gather_evidence(cells: Cells, roles: int, questions: int, kinds: Sequence[st
     generator = np.random.default_rng(config.seed)
     design = Design(count_VQ=cells.count_C[: (1 + roles) * questions].reshape(1 + roles, questions))
     scale = Scale(vectors=1 + roles, kinds=tuple(kinds), config=config)
-    batch = max(1, BATCH_BYTES // (4 * 2 * (1 + roles) * len(cells.shift_D)))
+    batch = max(1, BATCH_BYTES // (2 * (1 + roles) * (8 * 2 * (1 + roles) + 4 * strip_width(cells))))
     own_PHH, rollouts_PH = scale.gram(cells, design.weights(), np.float64)
     observed = scale.measure(own_PHH, rollouts_PH)
     null = scale.measure_all(cells, design.permuted(generator, config.permutations, batch))
@@ -112,9 +116,15 @@ class Scale:
 
     def gram(self, cells: Cells, weights: csr_array, dtype: type[np.floating]) -> tuple[Floats, Floats]:
         """Gram matrices ``(P, H, H)`` of the halves' vectors, and the rollouts in each ``(P, H)``."""
-        vector_XD, rollouts_X = cells.vectors(weights.astype(dtype))
-        vector_PHD = np.nan_to_num(vector_XD, copy=False).reshape(-1, 2 * self.vectors, vector_XD.shape[1])
-        return (vector_PHD @ vector_PHD.transpose(0, 2, 1)).astype(np.float64), rollouts_X.reshape(vector_PHD.shape[:2])
+        rollouts_X = weights @ cells.count_C.astype(np.float64)
+        mean_XC = weights.multiply(1 / np.maximum(rollouts_X, 1)[:, None]).tocsr().astype(dtype)
+        halves, hidden = 2 * self.vectors, len(cells.shift_D)
+        gram_PHH = np.zeros((len(rollouts_X) // halves, halves, halves))
+        strip = strip_width(cells)
+        for start in range(0, hidden, strip):
+            vector_PHD = (mean_XC @ cells.sum_CD[:, start : start + strip]).reshape(len(gram_PHH), halves, -1)
+            gram_PHH += vector_PHD @ vector_PHD.transpose(0, 2, 1)
+        return gram_PHH, rollouts_X.reshape(-1, halves)
 
     def measure(self, gram_PHH: Floats, rollouts_PH: Floats, drawn_PR: NDArray[np.intp] | None = None) -> Measures:
         """The measures of each draw. ``drawn_PR``: roles drawn with replacement, from vectors that are all the same."""
@@ -154,6 +164,11 @@ class Scale:
             rank_correlation=rank_P,
             position_R=np.where(total_PV[:, 1:] > 0, position_PR, np.nan),
         )
+
+
+def strip_width(cells: Cells) -> int:
+    """Dimensions that are worked on at a time."""
+    return min(len(cells.shift_D), max(NARROWEST, STRIP_BYTES // (4 * len(cells.count_C))))
 
 
 def joined(batches: Iterable[Measures]) -> Measures:
