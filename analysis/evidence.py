@@ -70,11 +70,11 @@ class Evidence:
 def gather_evidence(cells: Cells, roles: int, questions: int, kinds: Sequence[str], config: AnalysisConfig) -> Evidence:
     """Put the axis of one layer to the test.
 
-    The first ``(1 + roles) * questions`` cells are those of `default` and of the roles that the axis rests on, in that
-    order; ``kinds``: of these roles.
+    The ``(1 + roles) * questions`` cells are those of `default` and of the roles that the axis rests on, in that order;
+    ``kinds``: of these roles.
     """
     generator = np.random.default_rng(config.seed)
-    design = Design(count_VQ=cells.count_C[: (1 + roles) * questions].reshape(1 + roles, questions))
+    design = Design(count_VQ=cells.count_C.reshape(1 + roles, questions))
     scale = Scale(vectors=1 + roles, kinds=tuple(kinds), config=config)
     batch = max(1, BATCH_BYTES // (2 * (1 + roles) * (8 * 2 * (1 + roles) + 4 * strip_width(cells))))
     own_PHH, rollouts_PH = scale.gram(cells, design.weights(), np.float64)
