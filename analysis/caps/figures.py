@@ -13,7 +13,7 @@ from personaspace.analysis.caps.thresholds import cap_ranges
 from personaspace.analysis.pages.charts import AMBER, BAND, BLUE, GREEN, INK, VERMILLION, Floats, chart, line, plain
 
 GROUP_COLOURS = {"default": BLUE, "roles": VERMILLION, "traits": GREEN}
-DASHES = ("dash", "dashdot", "dot")
+DASHES = ("dash", "longdash", "dot", "dashdot")
 BANDS = ((0.05, 0.95, 0.16), (0.25, 0.75, 0.3))
 """(lowest, highest quantile, opacity) of each band."""
 BEST = 25.0
