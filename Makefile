@@ -42,8 +42,8 @@ demo: $(VENV)/.demo ## run the main job on SmolLM2-135M; the report lands in run
 notebook: $(VENV)/.dev ## execute examples/demo.ipynb on the run of `make demo`; the outputs land in runs/demo.ipynb
 	$(BIN)/jupyter execute examples/demo.ipynb --output ../runs/demo
 
-test: $(VENV)/.dev ## run the tests, without those marked slow
-	$(PYTEST) -m "not slow and not gpu"
+test: $(VENV)/.dev ## run the tests, without those marked slow or nightly
+	$(PYTEST) -m "not slow and not nightly and not gpu"
 
 test-all: $(VENV)/.dev ## run every test that this machine can
 	$(PYTEST)

@@ -90,6 +90,7 @@ def test_it_gives_the_store_that_a_second_pass_gives(place: Path) -> None:
     )
 
 
+@pytest.mark.nightly
 def test_what_was_not_captured_is_replayed(place: Path) -> None:
     """Shards that are missing, for whatever reason, come by a second pass; what it gives fits in."""
     job = job_for(place, "half")

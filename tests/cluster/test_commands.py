@@ -52,6 +52,7 @@ def config_file(folder: Path, model: Path) -> str:
     return str(file)
 
 
+@pytest.mark.slow
 def test_broken_weights_end_the_run_at_the_limit_unless_it_allows_all(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,6 +88,7 @@ def test_broken_weights_end_the_run_at_the_limit_unless_it_allows_all(
     assert verify(folder).problems == ()
 
 
+@pytest.mark.nightly
 def test_a_model_that_can_t_be_packed_is_one_clear_error(tmp_path: Path) -> None:
     config = config_file(tmp_path, tiny_checkpoint(tmp_path / "model", "gpt_oss"))
     # A process of its own, since Ray's log would not show up in this one's.

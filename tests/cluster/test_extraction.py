@@ -92,7 +92,14 @@ def plain_means(model: Path, job: Job) -> dict[int, np.ndarray]:
 
 
 @pytest.mark.usefixtures("own_ray")
-@pytest.mark.parametrize(("family", "stages", "replicas"), [("llama", 1, 2), ("llama", 3, 1), ("gemma2", 2, 1)])
+@pytest.mark.parametrize(
+    ("family", "stages", "replicas"),
+    [
+        ("gemma2", 2, 1),
+        pytest.param("llama", 1, 2, marks=pytest.mark.nightly),
+        pytest.param("llama", 3, 1, marks=pytest.mark.nightly),
+    ],
+)
 def test_stored_activations_are_those_of_a_plain_forward_pass(
     tmp_path: Path, responses: Path, family: str, stages: int, replicas: int
 ) -> None:

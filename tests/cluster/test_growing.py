@@ -262,6 +262,7 @@ def imported(model: Path, run: str, *, grow: bool = False, layers: tuple[int, ..
     )
 
 
+@pytest.mark.slow
 def test_layers_are_added_and_the_coordinates_say_so(place: Place, own_ray: None) -> None:
     job = imported(place.model, "layers", layers=(0, 1))
     run_job(job)
@@ -308,6 +309,7 @@ def test_layers_are_added_and_the_coordinates_say_so(place: Place, own_ray: None
     assert [spec.layers for spec in imported(place.model, "layers", layers=(0, 1)).manifest.arrays] == [None]
 
 
+@pytest.mark.nightly
 def test_layers_that_become_unusable_drop_the_rollout(place: Place, own_ray: None) -> None:
     """A row may be sound in the first layers and not finite in a later one: the next coordinates say so."""
     model = tiny_checkpoint(place.folder / "broken")

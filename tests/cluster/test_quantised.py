@@ -45,6 +45,7 @@ def test_missing_package_is_named_before_anything_is_written(place: Path, monkey
     assert not (place / "other-run").exists()
 
 
+@pytest.mark.slow
 def test_stages_agree(place: Path, own_ray: None) -> None:
     runs = [job_for(place, f"stages-{stages}", model="fp8") for stages in (1, 2)]
     for stages, job in enumerate(runs, 1):

@@ -65,7 +65,14 @@ def errors(job: Job, model: Path) -> dict[int, NDArray[np.float32]]:
 
 
 @pytest.mark.usefixtures("own_ray")
-@pytest.mark.parametrize("way", [name for name in WAYS if name != "gang of 2"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(name, marks=pytest.mark.nightly if name == "pipeline of 3" else ())
+        for name in WAYS
+        if name != "gang of 2"
+    ],
+)
 def test_all_ways_give_what_one_plain_pass_gives(place: Path, way: str) -> None:
     job = job_for(place, way.replace(" ", "-"))
     events = run(job, **WAYS[way])
@@ -91,6 +98,7 @@ def test_a_gang_gives_the_same_and_its_ranks_share_the_writing(place: Path) -> N
     assert verify(job.folder).problems == ()
 
 
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.usefixtures("own_ray")
 def test_a_run_begins_under_one_way_and_ends_under_others(place: Path) -> None:

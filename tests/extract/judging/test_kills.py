@@ -13,6 +13,7 @@ def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
     return Laboratory(tmp_path_factory.mktemp("laboratory"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "budget_share"), [(0.6, 0.8)])
 def test_killed_judge_goes_on_and_asks_about_nothing_twice(
     laboratory: Laboratory, share: float, budget_share: float
@@ -21,7 +22,7 @@ def test_killed_judge_goes_on_and_asks_about_nothing_twice(
     assert found.is_sound, found
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)])
 def test_interrupted_judge_commits_what_it_has(laboratory: Laboratory, number: signal.Signals) -> None:
     found = laboratory.kill(f"interrupted-{number.name}", 0.5 * laboratory.seconds, budget_share=3, number=number)
     assert found.is_sound, found
