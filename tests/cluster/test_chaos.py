@@ -17,7 +17,10 @@ def place() -> Iterator[Laboratory]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["node killed", "store read-only 5 s", pytest.param("driver killed", marks=pytest.mark.nightly)],
+    [
+        "node killed",
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("store read-only 5 s", "driver killed")),
+    ],
 )
 def test_a_disturbed_extraction_ends_as_an_undisturbed_one(place: Laboratory, name: str) -> None:
     random.seed(0)

@@ -20,7 +20,7 @@ from personaspace.store.rollouts import Rollout, read_rollouts, to_rollouts
 from tests.auditor_server import Answer, completions_server, reply
 from tests.models import tiny_checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 KEY = "sk-open-sesame"
 TURNS, SAMPLES = 4, 4
 SCENARIOS = [
@@ -155,7 +155,6 @@ def failing(answer: Answer, after: int) -> Callable[[dict[str, Any]], Answer]:
     return respond
 
 
-@pytest.mark.nightly
 def test_a_failing_auditor_stops_the_run_and_costs_only_the_batch(place: Place) -> None:
     run = "failing"
     answer = Answer(status=500, text=f"no, {KEY}", headers={"Retry-After": "0.1"})

@@ -39,6 +39,7 @@ def test_crash_between_publish_and_record_is_adopted(laboratory: Laboratory) -> 
     assert trial.adopted >= 1
 
 
+@pytest.mark.nightly
 def test_killed_generation_resumes_to_the_same_rollouts(tmp_path: Path) -> None:
     laboratory = Laboratory(tmp_path, "generate")
     assert_whole(laboratory.kill_driver("uniform", 0.4 * laboratory.seconds))
@@ -72,6 +73,7 @@ def test_interrupt_leaves_a_resumable_run_and_no_stray_process(laboratory: Labor
     assert objects(path).keys() == laboratory.expected.keys()
 
 
+@pytest.mark.nightly
 def test_second_driver_is_refused(laboratory: Laboratory) -> None:
     laboratory.copy_base("shared")
     first = laboratory.start("extract", "shared")

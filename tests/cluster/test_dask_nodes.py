@@ -78,7 +78,8 @@ def test_a_stored_run_is_fitted_on_every_node(
     assert open_space(folder).load().drop_attrs().identical(on_threads.drop_attrs())
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_driver_that_ends_leaves_no_workers(cluster: Cluster, number: signal.Signals) -> None:
     environment = {**os.environ, "RAY_ADDRESS": cluster.address}
     with subprocess.Popen(
@@ -125,6 +126,7 @@ def lose_one_node_then_the_other(cluster: Cluster, places: list[Seat]) -> None:
         dask.compute(square(2, 0))
 
 
+@pytest.mark.nightly
 def test_a_task_that_kills_its_workers_is_named(cluster: Cluster) -> None:
     with ray_cluster(ClusterConfig(address=cluster.address)):
         places = seats(alive_nodes(), None)

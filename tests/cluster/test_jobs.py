@@ -71,6 +71,7 @@ def test_paths_that_only_the_driver_has_are_refused(cluster: LocalCluster, model
     assert re.search(r"^error: store\.root: runs is relative, and this runs on the Ray cluster", refused.stdout, re.M)
 
 
+@pytest.mark.nightly
 def test_a_job_that_is_stopped_goes_on_where_it_was(cluster: LocalCluster, model: Path, tmp_path: Path) -> None:
     folder = LocalFolder(tmp_path / "runs" / "stopped")
     command = ("personaspace", "run", config_file(tmp_path, model, "stopped", tokens=80))

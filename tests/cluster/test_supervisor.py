@@ -164,6 +164,7 @@ def test_a_rollout_that_kills_its_worker_is_dropped_and_costs_no_other_anything(
     assert verify(job.folder).problems == ()
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_ray")
 def test_work_that_always_fails_stops_the_run_and_blames_no_rollout(
@@ -181,6 +182,7 @@ def test_work_that_always_fails_stops_the_run_and_blames_no_rollout(
     assert message.endswith("What is committed is safe; the same command resumes.")
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_ray")
 def test_a_model_that_ends_every_worker_that_loads_it_stops_the_run(

@@ -55,7 +55,7 @@ def test_compiled_stages_give_what_a_plain_forward_pass_gives(tmp_path: Path, ho
         np.testing.assert_array_equal(several, single)
 
 
-OFTEN = {("gemma2", False), ("mixtral", False), ("gpt_oss", False), ("gemma3_text", True)}
+OFTEN = {("gemma2", False), ("gemma3_text", True)}
 
 
 @needs_compiler
