@@ -13,7 +13,7 @@ from tests.models import tiny_checkpoint
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "cluster.py"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_quick_run(tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "model", layers=8)
     config = json.loads((model / "config.json").read_text())

@@ -12,7 +12,7 @@ CONSTANT = 4_000_000
 """Bytes of code and headers that loading maps beside the tensors."""
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts as Linux does")
 def test_a_quick_run(tmp_path: Path) -> None:
     options = ["--quick", "--folder", tmp_path, "--json", tmp_path / "figures.json"]

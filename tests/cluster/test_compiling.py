@@ -22,7 +22,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_compiled_run_in_two_stages(place: Path, own_ray: None) -> None:
     plain, compiled = job_for(place, "plain"), job_for(place, "compiled", compile=True)
     run_job(plain)

@@ -157,7 +157,7 @@ def test_each_turn_has_a_row_that_averages_its_own_states(mixed: Job, folder: Pa
         np.testing.assert_allclose(own[RESID_POST_MEAN].values[-1], last, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_of_roles_grows_by_conversations_and_its_axis_stays(mixed: Job, folder: Path) -> None:
     config = AnalysisConfig(components=3, permutations=20)
     roles = job_of(folder, "grown", reductions=("mean",), scenarios=())

@@ -25,9 +25,8 @@ def assert_whole(trial: Trial) -> None:
     assert trial.recomputed_outside == 0
 
 
-@pytest.mark.parametrize(
-    "share", [0.4, pytest.param(0.0, marks=pytest.mark.nightly), pytest.param(0.8, marks=pytest.mark.nightly)]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.8])
 def test_killed_driver_resumes_to_identical_arrays(laboratory: Laboratory, share: float) -> None:
     assert_whole(laboratory.kill_driver(f"uniform-{share}", share * laboratory.seconds))
 

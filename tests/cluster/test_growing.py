@@ -214,7 +214,7 @@ def test_other_settings_are_refused_with_grow_too(grown: Grown, place: Place) ->
         place.job("grown", place.personas("large", LARGE, [0, 1, 2, 3]), grow=True, unit_rows=5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_that_only_planned_its_growth_can_be_read_and_goes_on(place: Place, own_ray: None) -> None:
     """The driver dies right after run.json; another config, that lacks the new rollouts, can't go on."""
     small, large = (place.personas(f"half-{len(roles)}", roles, [0, 1]) for roles in (SMALL, LARGE))

@@ -99,7 +99,7 @@ def test_a_run_is_judged_between_its_other_steps(tmp_path: Path, monkeypatch: py
         carry_out(far, ["generate", "judge"])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_actor_that_dies_is_started_anew(model: Path) -> None:
     config = JudgeConfig(model=str(model), engine="local", max_tokens=4, concurrency=4)
     talks = [[{"role": "user", "content": f"What is {number}?"}] for number in range(12)]

@@ -101,7 +101,7 @@ def test_a_node_that_does_not_see_store_or_model_is_named(cluster: Cluster, tmp_
     assert [entry.key for entry in hidden.list()] == ["run.json"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_node_that_goes_meanwhile_is_not_waited_for(cluster: Cluster, tmp_path: Path) -> None:
     ray.init(address=cluster.address, log_to_driver=False)
     folder = LocalFolder(tmp_path / "run")

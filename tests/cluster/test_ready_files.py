@@ -95,7 +95,7 @@ def slurm_job(folder: Path, arguments: list[str], **changes: Any) -> subprocess.
         )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_slurm_script_runs_ends_in_order_and_resumes(tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "model")
     config = config_file(tmp_path, model, "slurm", tokens=80)

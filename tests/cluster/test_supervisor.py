@@ -143,7 +143,7 @@ def test_a_stage_that_hangs_is_started_anew_and_nothing_changes(
     assert stored(job) == undisturbed
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("own_ray")
 def test_a_rollout_that_kills_its_worker_is_dropped_and_costs_no_other_anything(
     place: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
@@ -224,7 +224,7 @@ def generated(place: Path, run: str) -> tuple[dict[str, tuple[int, ...]], list[E
     return {row["rollout_id"]: tuple(row["response_token_ids"]) for row in rollouts}, events
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("own_ray")
 def test_a_generator_that_dies_loses_and_doubles_no_rollout(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = generated(place, "whole")
