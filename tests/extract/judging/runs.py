@@ -32,12 +32,13 @@ def fill_run(folder: Folder, rows: int = 24, unit_rows: int = 4) -> None:
 
 
 def settings(server: ChatServer, **changes: Any) -> JudgeConfig:
-    """A judge at the server, with short time-outs and pauses, and no pity for failures."""
+    """A judge at the server, with short pauses and no pity for failures; its time-out is long, since the machine that
+    tests may be busy."""
     quick: Mapping[str, Any] = {
         "model": MODEL,
         "base_url": server.url,
         "concurrency": 8,
-        "timeout": 0.6,
+        "timeout": 60,
         "first_pause": 0.01,
         "attempts": 6,
         "max_tokens": 50,

@@ -18,7 +18,7 @@ from personaspace.store.verify import verify
 from tests.extract.judging.chat_server import BEHAVIOURS, ChatServer, expected_score
 from tests.extract.judging.runs import KEY, fill_run, make_run, settings
 
-OPTIONS = JudgeOptions(lease_timeout=1, patience=0)
+OPTIONS = JudgeOptions(lease_timeout=20, patience=0)
 JUDGED = range(4, 24)
 """Rows that are not `default`'s."""
 
@@ -56,7 +56,7 @@ def assert_key_nowhere(folder: Folder, *texts: str) -> None:
 def test_each_failure_is_overcome(tmp_path: Path, behaviour: str) -> None:
     folder = make_run(tmp_path / "run")
     with ChatServer(behaviour=lambda row, before: behaviour if before == 0 and row % 3 == 0 else "good") as server:
-        judge_run(folder, settings(server), OPTIONS)
+        judge_run(folder, settings(server, timeout=1.5 if behaviour == "hang" else 60), OPTIONS)
         asked = server.rows_asked
     assert scores(folder) == right()
     assert unjudged(folder) == {}
@@ -78,7 +78,7 @@ def test_everything_at_once_ends_scored_or_recorded_and_none_twice(
         return hopeless.get(row) or (chance.choice(bad) if before < 4 and chance.random() < 0.5 else "good")
 
     with ChatServer(behaviour=behave) as server:
-        judge_run(folder, settings(server, asks=6, attempts=6, timeout=0.4), OPTIONS)
+        judge_run(folder, settings(server, asks=6, attempts=9, timeout=1), OPTIONS)
         done = len(server.requests)
         judge_run(folder, settings(server), OPTIONS)
         assert len(server.requests) == done  # Nobody is asked about what is recorded.
@@ -116,7 +116,7 @@ def test_again_asks_about_what_could_not_be_scored_and_about_nothing_else(tmp_pa
         judge_run(folder, settings(server), OPTIONS)
     assert unjudged(folder).keys() == {9}
     with ChatServer() as server:
-        judge_run(folder, settings(server), JudgeOptions(again=True, lease_timeout=1, patience=0))
+        judge_run(folder, settings(server), JudgeOptions(again=True, lease_timeout=20, patience=0))
         assert server.rows_asked == {9: 1}
     assert scores(folder) == right()
     assert unjudged(folder) == {}
