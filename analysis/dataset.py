@@ -66,6 +66,8 @@ def space_dataset(fitted: Sequence[LayerFit], layers: Sequence[int]) -> xr.Datas
             ("layer", "component"),
             _alike([fit.pooled.variance_ratio_K for fit in fitted]),
         ),
+        "rollout_mean": (("layer", "hidden"), stack(lambda fit: fit.mean_D)),
+        "rollout_norm": (("layer",), stack(lambda fit: fit.norm)),
         "rollout_pc1_axis_cosine": (("layer",), np.abs(np.einsum("ld,ld->l", pooled_LKD[:, 0], unit_LD))),
         "length_correlation": (("layer",), stack(lambda fit: fit.length_correlation[0])),
         "length_correlation_within": (("layer",), stack(lambda fit: fit.length_correlation[1])),

@@ -47,6 +47,10 @@ class LayerFit:
     """Trait vectors: the positive pole's mean less the negative one's."""
     pooled: Decomposition
     """PCA over all rollouts of `default` and the roles."""
+    mean_D: Floats
+    """Of the same rollouts."""
+    norm: float
+    """Their root mean square length, from 0: what coefficients of steering are counted in."""
     evidence: Evidence
     default_auc: Separation | None
     length_correlation: Floats
@@ -69,12 +73,16 @@ def finish_layer(summary: Summary, values: Values, layer: int, plan: Plan) -> La
     core = len(groups.core)
     of_axis = _first(summary.cells, (1 + core) * groups.questions)
     folds = fit_folds(of_axis, core, groups.questions)
+    mean_D = summary.moments.mean_D
+    norm = float(np.sqrt(mean_D @ mean_D + summary.moments.scatter_DD.trace() / summary.moments.n))
     place_N, position_N, score_NK = _place(values, layer, plan.rows, plan.question_N, space, folds, of_axis.shift_D)
     in_axis_N = np.where(plan.role_N <= core, plan.role_N, -1)
     return LayerFit(
         space=space,
         trait_TD=mean_VD[vectors::2] - mean_VD[vectors + 1 :: 2],
         pooled=decompose(summary.moments, min(config.components, len(plan.rows.row_N) - 1, values.shape[2])),
+        mean_D=mean_D,
+        norm=norm,
         evidence=gather_evidence(of_axis, core, groups.questions, plan.kinds, config),
         default_auc=None
         if folds is None

@@ -104,7 +104,7 @@ def serve() -> None:
         dtype=model.settled_dtype,
         ranks=asked["ranks"],
         threads=asked["threads"],
-        captured=True,
+        opened=True,
     )
     engine.capture(checkpoint, MEANS, range(checkpoint.layers))
     print("{}", file=answers, flush=True)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from personaspace.cluster.shards import ShardWriter, UnitShards
 from personaspace.extract.checkpoint import Checkpoint
 from personaspace.extract.collect import Expected
-from personaspace.extract.generate.engine import CapturingEngine
+from personaspace.extract.generate.engine import InnerEngine
 from personaspace.extract.packing import token_hash
 from personaspace.extract.pooling import Pooled
 from personaspace.extract.reductions import Readout
@@ -31,7 +31,7 @@ class CapturedUnit:
 class Capturing:
     """Has an engine capture what ``writer`` writes."""
 
-    def __init__(self, engine: CapturingEngine, checkpoint: Checkpoint, writer: ShardWriter) -> None:
+    def __init__(self, engine: InnerEngine, checkpoint: Checkpoint, writer: ShardWriter) -> None:
         self.engine, self._writer = engine, writer
         self._readout = Readout.of_arrays(writer.arrays)
         engine.capture(checkpoint, self._readout, writer.layers)

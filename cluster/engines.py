@@ -22,6 +22,7 @@ from personaspace.extract.generate.engine import Engine
 from personaspace.extract.generate.openai_engine import KEY, OpenAIEngine
 from personaspace.extract.generate.transformers_engine import TransformersEngine, load_causal_lm
 from personaspace.extract.generate.vllm_engine import VllmEngine, check_vllm
+from personaspace.extract.hooks import LayerHook
 from personaspace.extract.offload import Offload, load_causal_lm_offloaded
 from personaspace.store.errors import InputError
 from personaspace.store.lease import Fence
@@ -46,6 +47,8 @@ class GeneratorSpec:
     offload: Offload | None
     capture: ShardWriter | None
     """Writes what is captured; None where nothing is."""
+    hooks: tuple[LayerHook, ...]
+    """Changes to the residual stream."""
     device: str
     threads: int
     """Of the actor."""
@@ -106,6 +109,31 @@ def check_engine(generate: GenerateConfig, cluster: ClusterConfig) -> None:
         if generate.capture and cluster.vllm.eager is False:
             raise InputError("cluster.vllm.eager: false, and generate.capture reads vLLM's model in eager mode only.")
         _check_python(cluster)
+
+
+def check_hooks(
+    hooks: Sequence[LayerHook], layers: int, generate: GenerateConfig, auditor: AuditorConfig, cluster: ClusterConfig
+) -> None:
+    """Raise InputError for changes to the residual stream of a model of ``layers`` that can't be made so."""
+    for hook in hooks:
+        if hook.layer >= layers:
+            raise InputError(f"steer.layers: {hook.layer}; the model has the layers 0 to {layers - 1}.")
+    if not hooks or generate.responses is not None:
+        return
+    if generate.engine == "openai":
+        raise InputError("steer.source: a server's model can't be changed from here. Use another generate.engine.")
+    if generate.engine == "vllm" and cluster.vllm.eager is False:
+        raise InputError("cluster.vllm.eager: false, and steer.source changes vLLM's model in eager mode only.")
+    if auditor.played_by == "model":
+        raise InputError(
+            "personas.auditor.played_by: model, and with steer.source the user would be changed, too. Use `script`, or "
+            "`endpoint` with the model as it is."
+        )
+    if generate.batching == "continuous" and any(hook.positions == "response" for hook in hooks):
+        raise InputError(
+            "steer.positions: response, and with continuous batching prompts and responses pass together. Use "
+            "generate.batching static, or steer.positions all."
+        )
 
 
 def _check_python(cluster: ClusterConfig) -> None:
@@ -170,7 +198,7 @@ def load_engine(spec: GeneratorSpec, chat: ChatFormat, join: Callable[..., Gang]
                 device=spec.device,
                 ranks=spec.ranks,
                 threads=max(1, spec.threads // spec.ranks),
-                captured=spec.capture is not None,
+                opened=spec.capture is not None or bool(spec.hooks),
             )
     agree = None
     if spec.sharding == "tensor":

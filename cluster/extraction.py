@@ -156,6 +156,7 @@ def stage_spec(
         fence=fence,
         device=workers.device,
         threads=workers.threads,
+        hooks=job.hooks,
         direct=direct,
     )
 

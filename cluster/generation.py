@@ -104,6 +104,7 @@ def _sample(job: Job, fence: Fence, cluster: ClusterConfig, missing: set[int], r
             ranks=crew.ranks,
             offload=offload_of(cluster, workers.device) if crew.sharding == "offload" else None,
             capture=_writer(job, fence) if job.generate.capture else None,
+            hooks=job.hooks,
             device=workers.device,
             threads=workers.threads,
         )

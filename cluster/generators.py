@@ -19,7 +19,7 @@ from personaspace.extract.chat import ChatFormat
 from personaspace.extract.config import GenerateConfig
 from personaspace.extract.generate.auditor import choose_user
 from personaspace.extract.generate.conversations import Talk, hold_conversations
-from personaspace.extract.generate.engine import Captured, CapturingEngine, Response
+from personaspace.extract.generate.engine import Captured, InnerEngine, Response
 from personaspace.extract.generate.noise import rollout_seed
 from personaspace.extract.packing import DUMMY_TOKEN
 from personaspace.extract.personas import PlannedRollout
@@ -98,10 +98,12 @@ class Generator(Member):
         """Load the model, or find the server. ``meeting``: of a gang."""
         spec, begin = self._spec, time.monotonic()
         self._engine = load_engine(spec, self._chat, partial(self.join, meeting))
+        # check_engine has seen to it that this engine can do what is asked of it here.
+        if spec.hooks:
+            cast(InnerEngine, self._engine).intervene(spec.checkpoint, spec.hooks)
         self._capturing: Capturing | None = None
         if spec.capture is not None:
-            # check_engine has seen to it that this engine can.
-            self._capturing = Capturing(cast(CapturingEngine, self._engine), spec.checkpoint, spec.capture)
+            self._capturing = Capturing(cast(InnerEngine, self._engine), spec.checkpoint, spec.capture)
         positions = spec.checkpoint.max_positions
         self._user = choose_user(spec.auditor, self._engine, self._chat, spec.config, max_positions=positions)
         return loaded(begin)
@@ -114,7 +116,7 @@ class Generator(Member):
             prompts = [self._chat.encode_prompt(row.messages) for row in planned]
             for place in order.left_out:
                 prompts[place] = [DUMMY_TOKEN] * len(prompts[place])
-            seeds = [rollout_seed(self._spec.config.seed, row.rollout_id) for row in planned]
+            seeds = [rollout_seed(self._spec.config.seed, row.noise_id) for row in planned]
             sampled = self._sample(prompts, seeds, self._spec.config)
             talks = self._talk_on(order, planned, sampled)
             for place, talk in talks.items():

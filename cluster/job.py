@@ -1,7 +1,7 @@
 """The job: everything that is decided before any work, resolved and checked, with nothing written yet."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,9 +13,10 @@ from personaspace.extract.checkpoint import Checkpoint, resolve
 from personaspace.extract.config import AuditorConfig, ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig
 from personaspace.extract.generate.capture import check_capturable
 from personaspace.extract.growth import Change, StoredPlan, continue_plan
+from personaspace.extract.hooks import LayerHook
 from personaspace.extract.imported import plan_finished
 from personaspace.extract.packing import chooses_packed, windows
-from personaspace.extract.personas import PersonaPlan, PlannedRollout, plan_personas
+from personaspace.extract.personas import PersonaPlan, PlannedRollout, plan_personas, steered
 from personaspace.extract.quantization import check_packages
 from personaspace.extract.reductions import Readout
 from personaspace.extract.sites import check_compilable
@@ -51,6 +52,8 @@ class Job:
     """Damaged pieces -> the generation in which a repair makes them again."""
     rows: Mapping[int, PlannedRollout]
     """Row of the rollout axis -> its rollout."""
+    hooks: tuple[LayerHook, ...] = ()
+    """Changes to the residual stream, wherever the model runs."""
 
     @property
     def layout(self) -> Layout:
@@ -124,9 +127,12 @@ def prepare(
     store: StoreConfig,
     execution: Mapping[str, Any],
     keep: bool = False,
+    hooks: Sequence[LayerHook] = (),
+    steering: Mapping[str, Any] | None = None,
 ) -> Job:
     """Resolve the model, plan the rollouts, lay out the store. Writes nothing.
 
+    ``hooks`` change the model wherever it runs; ``steering`` describes them, as far as they decide numbers.
     ``keep`` holds to the rollouts and arrays that the run has, whatever the config plans. Raises InputError for
     anything unusable, and IdentityError if the run exists with other settings or, unless it may grow, with other
     rollouts.
@@ -139,6 +145,8 @@ def prepare(
     check_packages(checkpoint.source, checkpoint.quantization)
     chat = ChatFormat(checkpoint, model)
     plan = plan_rollouts(personas, generate, checkpoint.name)
+    if steering is not None:
+        plan = steered(plan, json.dumps(steering, sort_keys=True))
     layout = _layout(plan, checkpoint, store, None if existing is None else existing.layout)
     identity = {
         "model": {
@@ -153,6 +161,8 @@ def prepare(
             **({"quantization": checkpoint.quantization} if checkpoint.quantization else {}),
         },
         "generate": _generation(generate),
+        # Only where it is so, as with all that came later.
+        **({} if steering is None else {"steer": steering}),
         "extract": {
             "pooling": "sums in float32",
             "packed": chooses_packed(extract.packing, model.attention),
@@ -208,6 +218,7 @@ def prepare(
         rows=rows,
         manifest=manifest,
         existing=existing,
+        hooks=tuple(hooks),
     )
 
 

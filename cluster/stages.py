@@ -19,6 +19,7 @@ from personaspace.cluster.tensor import load_tensor_parallel
 from personaspace.extract.checkpoint import Checkpoint
 from personaspace.extract.collect import WindowBuffer
 from personaspace.extract.config import Attention, Dtype
+from personaspace.extract.hooks import LayerHook
 from personaspace.extract.offload import load_offloaded
 from personaspace.extract.packing import MicroBatch
 from personaspace.extract.reductions import Readout
@@ -51,6 +52,8 @@ class StageSpec:
     fence: Fence
     device: str
     threads: int
+    hooks: tuple[LayerHook, ...]
+    """Changes to the residual stream, of all layers."""
     direct: bool
     """Hidden states go from device to device, not through the object store."""
 
@@ -146,6 +149,7 @@ class StageActor(Member):
             last=share.last,
             sites=self._readout.sites,
             layers=spec.layers,
+            hooks=spec.hooks,
             before_halves=gang.run_out_of_memory if gang is not None else lambda: None,
         )
         check_stage(self._stage, packed=spec.packed)

@@ -12,7 +12,7 @@ import xarray as xr
 
 from personaspace.extract.demo_model import DEFAULT_FOLDER
 from personaspace.extract.engine import Extractor
-from personaspace.extract.stage import LayerHook
+from personaspace.extract.hooks import LayerHook
 
 QUESTION = {"role": "user", "content": "Who are you, and what do you spend your time on?"}
 ANSWERS = (

@@ -12,6 +12,8 @@ Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attenti
 Packing = Literal["auto", "padded", "packed"]
 EngineName = Literal["transformers", "vllm", "openai"]
 Site = Literal["resid_post", "resid_pre", "attn_out", "mlp_out"]
+Positions = Literal["all", "response"]
+"""Which tokens are changed where the residual stream is: all, or those of the response that is sampled or read."""
 
 
 def _as_tuple(given: object) -> object:

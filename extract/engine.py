@@ -23,6 +23,7 @@ from personaspace.extract.chat import ChatFormat, Message
 from personaspace.extract.checkpoint import resolve
 from personaspace.extract.collect import NON_FINITE
 from personaspace.extract.config import ModelConfig, Packing, Site
+from personaspace.extract.hooks import LayerHook
 from personaspace.extract.packing import MicroBatch, chooses_packed, form_batches
 from personaspace.extract.precision import machine_dtype
 from personaspace.extract.reductions import Readout, plan_arrays
@@ -30,7 +31,7 @@ from personaspace.extract.rollouts import why_dropped
 from personaspace.extract.selfcheck import check_stage
 from personaspace.extract.slicing import load_slice
 from personaspace.extract.spans import Conversation, locate
-from personaspace.extract.stage import LayerHook, Stage
+from personaspace.extract.stage import Stage
 from personaspace.extract.turns import UnstableBoundaryError
 from personaspace.store.errors import InputError
 
@@ -181,5 +182,6 @@ class Extractor:
                 {row: readout.segments(found[row].spans) for row in rows[start : start + WINDOW_ROWS]},
                 micro_batch_tokens,
                 packed=packed,
+                begins={row: len(found[row].prompt) for row in rows[start : start + WINDOW_ROWS]},
             )
         ]

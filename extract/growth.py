@@ -75,6 +75,7 @@ def _kept(row: PlannedRow, planned: PlannedRollout | None) -> PlannedRollout:
         response=None if planned is None else planned.response,
         script=None if planned is None else planned.script,
         origin={} if planned is None else planned.origin,
+        plain_id=None if planned is None else planned.plain_id,
     )
 
 

@@ -33,6 +33,8 @@ class MicroBatch:
     """Of each: the tokens that are summed, for each of its sums."""
     packed: bool = False
     """All rollouts lie in one sequence, and don't see each other."""
+    begins: tuple[int, ...] = ()
+    """Of each: where its response begins. Empty where nothing depends on it."""
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -80,7 +82,7 @@ class MicroBatch:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # As one array, made once: thousands of Python integers would take 0.1 ms for every stage of every micro-batch.
-        return _unpack, (self.rows, self.lengths, self.flat_ids, self.segments, self.packed)
+        return _unpack, (self.rows, self.lengths, self.flat_ids, self.segments, self.packed, self.begins)
 
     def part(self, first: int, stop: int) -> "MicroBatch":
         """Its rollouts number ``first`` to ``stop - 1``."""
@@ -89,6 +91,7 @@ class MicroBatch:
             rows=self.rows[first:stop],
             token_ids=self.token_ids[first:stop],
             segments=self.segments[first:stop],
+            begins=self.begins[first:stop],
         )
 
 
@@ -98,10 +101,11 @@ def _unpack(
     ids: NDArray[np.int32],
     segments: tuple[tuple[Segment, ...], ...],
     packed: bool,
+    begins: tuple[int, ...],
 ) -> MicroBatch:
     pieces = np.split(ids, list(accumulate(lengths))[:-1])
     token_ids = tuple(tuple(piece.tolist()) for piece in pieces)
-    return MicroBatch(rows=rows, token_ids=token_ids, segments=segments, packed=packed)
+    return MicroBatch(rows=rows, token_ids=token_ids, segments=segments, packed=packed, begins=begins)
 
 
 def chooses_packed(packing: Packing, attention: Attention) -> bool:
@@ -126,8 +130,9 @@ def form_batches(
     token_budget: int,
     *,
     packed: bool,
+    begins: Mapping[int, int] | None = None,
 ) -> list[MicroBatch]:
-    """Micro-batches of rollouts, given by row: their token ids, and what is summed of each."""
+    """Micro-batches of rollouts, given by row: their token ids, what is summed of each, where its response begins."""
     lengths = {row: len(ids) for row, ids in tokens.items()}
     return [
         MicroBatch(
@@ -135,6 +140,7 @@ def form_batches(
             token_ids=tuple(tokens[row] for row in rows),
             segments=tuple(segments[row] for row in rows),
             packed=packed,
+            begins=() if begins is None else tuple(begins[row] for row in rows),
         )
         for rows in (pack_by_length if packed else batch_by_length)(lengths, token_budget)
     ]

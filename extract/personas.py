@@ -6,7 +6,7 @@ conversations of several turns) decides the rows of the arrays.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from personaspace.extract.scenarios import Script, choose_scenarios, load_scenar
 from personaspace.store.errors import InputError
 from personaspace.store.formats import assistant_axis
 from personaspace.store.formats.role_names import DEFAULT_ROLE, SCENARIO
-from personaspace.store.plan import rollout_id
+from personaspace.store.plan import rollout_id, steered_id
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +38,13 @@ class PlannedRollout:
     """Who wrote an imported conversation, as far as is known."""
     script: Script | None = None
     """How a conversation of several turns goes on after ``messages``."""
+    plain_id: str | None = None
+    """Of a steered rollout: the id that it has without steering."""
+
+    @property
+    def noise_id(self) -> str:
+        """What its seed comes from: steered or not, the noise is the same, so that both can be compared one by one."""
+        return self.plain_id or self.rollout_id
 
     @property
     def turns(self) -> int:
@@ -92,6 +99,14 @@ def plan_personas(config: PersonasConfig, *, model_name: str, generation: str) -
     if config.scenarios:
         _add_conversations(config, roles, questions, rows, model_name=model_name, generation=generation)
     return PersonaPlan(roles=tuple(roles), questions=tuple(questions), rows=tuple(rows))
+
+
+def steered(plan: PersonaPlan, steering: str) -> PersonaPlan:
+    """The same plan for a model that is changed while it runs, in the way that ``steering`` describes."""
+    rows = tuple(
+        replace(row, rollout_id=steered_id(row.rollout_id, steering), plain_id=row.rollout_id) for row in plan.rows
+    )
+    return replace(plan, rows=rows)
 
 
 def plan_imported(folder: Path) -> PersonaPlan:

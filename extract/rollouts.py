@@ -51,7 +51,7 @@ def generated_rollout(
         response.finish_reason,
         chat.template_hash,
         sampling=_sampling(config, maker),
-        seed=rollout_seed(config.seed, planned.rollout_id),
+        seed=rollout_seed(config.seed, planned.noise_id),
         dropped=response.unusable or dropped or why_dropped(conversation, response.text, max_positions),
     )
 
@@ -85,7 +85,7 @@ def held_rollout(
         talk.response.finish_reason,
         chat.template_hash,
         sampling={**_sampling(config, maker), "turns": [asdict(turn) for turn in talk.turns], "user": user},
-        seed=rollout_seed(config.seed, planned.rollout_id),
+        seed=rollout_seed(config.seed, planned.noise_id),
         dropped=talk.dropped or why_dropped(talk.conversation, talk.response.text, max_positions),
     )
 
@@ -147,11 +147,13 @@ def micro_batches(rollouts: pa.Table, readout: Readout, token_budget: int, *, pa
     columns = rollouts.select(["row", "prompt_token_ids", "response_token_ids", "spans", "dropped"]).to_pylist()
     tokens: dict[int, tuple[int, ...]] = {}
     segments: dict[int, tuple[Segment, ...]] = {}
+    begins: dict[int, int] = {}
     for entry in columns:
         if entry["dropped"] is None:
             tokens[entry["row"]] = (*entry["prompt_token_ids"], *entry["response_token_ids"])
             segments[entry["row"]] = readout.segments(decode_spans(entry["spans"]))
-    return form_batches(tokens, segments, token_budget, packed=packed)
+            begins[entry["row"]] = len(entry["prompt_token_ids"])
+    return form_batches(tokens, segments, token_budget, packed=packed, begins=begins)
 
 
 def _sampling(config: GenerateConfig, maker: str | None) -> dict[str, Any]:
@@ -172,7 +174,7 @@ def _rollout(
     dropped: str | None,
 ) -> Rollout:
     place = asdict(planned)
-    del place["response"], place["messages"], place["script"], place["origin"]
+    del place["response"], place["messages"], place["script"], place["origin"], place["plain_id"]
     return Rollout(
         **place,
         role=role,

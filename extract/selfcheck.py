@@ -102,7 +102,7 @@ def _from_alone(stage: Stage, *, packed: bool) -> float:
     errors = []
     for number, length in enumerate(_LENGTHS):
         row, origin = batch.origins[number]
-        alone = MicroBatch(rows=(number,), token_ids=(batch.token_ids[number],), segments=(batch.segments[number],))
+        alone = replace(batch.part(number, number + 1), packed=False)
         own_BTD = None if received_BTD is None else received_BTD[row : row + 1, origin : origin + length]
         errors.append(_error(together[number], _sums(stage, alone, own_BTD)[number]))
     return float(np.median(errors))

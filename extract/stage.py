@@ -17,21 +17,13 @@ from torch.utils.hooks import RemovableHandle
 
 from personaspace.extract.anatomy import states_of
 from personaspace.extract.config import Site
+from personaspace.extract.hooks import LayerHook, attach
 from personaspace.extract.packing import MicroBatch
 from personaspace.extract.pooling import HostCopy, Pooled, SegmentSums, to_device
 from personaspace.extract.sites import INNER_SITES, Addition, check_compilable, find_additions
 from personaspace.extract.slicing import PassThrough, Slice
 
 OUT_OF_MEMORY = "out of memory, even alone in its micro-batch"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LayerHook:
-    """A change to the residual stream, made right after a block and seen by everything that follows."""
-
-    layer: int
-    change: Callable[[torch.Tensor], torch.Tensor]
-    """``h_BTD`` to ``h_BTD``. What it raises ends the forward pass; it is never swallowed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +85,8 @@ class Stage:
         self._received_BTD: torch.Tensor | None = None
         self._leaving_BTD: torch.Tensor | None = None
         self._sums: SegmentSums | None = None
+        self._response_BT: torch.Tensor | None = None
+        self._masked = any(hook.positions == "response" for hook in hooks)
         self._handles: list[RemovableHandle] = []
         self._set_aside = {layer: model.blocks[layer] for layer in range(self.stop, model.stop)}
         for layer, block in self._set_aside.items():
@@ -135,7 +129,7 @@ class Stage:
             if not _is_out_of_memory(error):
                 raise
         finally:
-            self._received_BTD = self._leaving_BTD = self._sums = None
+            self._received_BTD = self._leaving_BTD = self._sums = self._response_BT = None
         # Outside of the handler, since the error's traceback holds on to all that was alive.
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -153,6 +147,7 @@ class Stage:
             token_ids=tuple(tuple(torch.randint(vocabulary, (n,), generator=draw).tolist()) for n in lengths),
             segments=tuple(((1, n),) for n in lengths),
             packed=packed,
+            begins=(1,) * len(lengths),
         )
         if self.model.first == 0:
             return batch, None
@@ -166,6 +161,8 @@ class Stage:
         self, batch: MicroBatch, received_BTD: torch.Tensor | None, embedded_BTD: torch.Tensor | None = None
     ) -> None:
         """One pass of the decoder; hooks see what passes."""
+        if self._masked:
+            self._response_BT = _response_mask(batch, self.model.device)
         # Padding to the right needs no mask under causal attention, and without one the fused causal kernels run.
         # Packed rollouts are told apart by their positions alone, and only without a mask and a cache.
         arguments: dict[str, Any] = {"use_cache": False}
@@ -232,14 +229,15 @@ class Stage:
         additions: dict[tuple[int, Site], Addition] = {}
         if set(INNER_SITES) & set(self.sites):
             additions = find_additions(blocks, lambda: self.run_decoder(*self.probe((6,))))
-        # Hooks run in the order of their registration: what changes the stream comes before what reads it.
-        for hook in hooks:
-            if hook.layer in blocks:
-                self._handles.append(blocks[hook.layer].register_forward_hook(_changing(hook)))
+        self._handles += attach(blocks, hooks, self._response)
         for number, layer in enumerate(self.layers):
             for place, site in enumerate(self.sites):
                 self._observe(place, number, site, blocks[layer], additions.get((layer, site)))
         self._handles.append(blocks[self.stop - 1].register_forward_hook(self._leave))
+
+    def _response(self) -> torch.Tensor:
+        assert self._response_BT is not None
+        return self._response_BT
 
     def _splice(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if args:
@@ -267,12 +265,12 @@ class Stage:
             self._handles.append(read.register_forward_hook(after))
 
 
-def _changing(hook: LayerHook) -> Callable[..., Any]:
-    def change(_: nn.Module, __: tuple[Any, ...], output: torch.Tensor | tuple[Any, ...]) -> Any:
-        changed_BTD = hook.change(states_of(output))
-        return changed_BTD if isinstance(output, torch.Tensor) else (changed_BTD, *output[1:])
-
-    return change
+def _response_mask(batch: MicroBatch, device: torch.device) -> torch.Tensor:
+    """Which tokens belong to responses, ``(B, T)``."""
+    mask_BT = torch.zeros(batch.shape, dtype=torch.bool)
+    for (row, origin), begin, length in zip(batch.origins, batch.begins, batch.lengths, strict=True):
+        mask_BT[row, origin + begin : origin + length] = True
+    return to_device(mask_BT, device)
 
 
 def _borders(batch: MicroBatch, device: torch.device) -> dict[str, Any]:

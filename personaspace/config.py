@@ -18,6 +18,7 @@ from personaspace.analysis.config import AnalysisConfig
 from personaspace.cluster.config import ClusterConfig
 from personaspace.extract.config import ExtractConfig, GenerateConfig, ModelConfig, PersonasConfig
 from personaspace.extract.judging.config import JudgeConfig
+from personaspace.steer.config import SteerConfig
 from personaspace.store.config import StoreConfig
 from personaspace.store.errors import InputError
 
@@ -31,6 +32,7 @@ class RunConfig:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     extract: ExtractConfig = field(default_factory=ExtractConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+    steer: SteerConfig = field(default_factory=SteerConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

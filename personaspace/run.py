@@ -13,7 +13,7 @@ from personaspace.analysis.quality.words import warnings
 from personaspace.analysis.report.publish import publish_report
 from personaspace.cluster.dask_workers import analysis_workers
 from personaspace.cluster.droplimit import DropLimit
-from personaspace.cluster.engines import check_engine
+from personaspace.cluster.engines import check_engine, check_hooks
 from personaspace.cluster.events import Note
 from personaspace.cluster.extraction import extract
 from personaspace.cluster.generation import generate
@@ -28,6 +28,8 @@ from personaspace.cluster.watching.watch import Watch
 from personaspace.config import RunConfig, stored_config
 from personaspace.extract.checkpoint import means_folder
 from personaspace.judging import JudgeOptions, check_judge_config, judge_run
+from personaspace.steer.interventions import check_hidden, layer_hooks
+from personaspace.steer.sources import intervention_identity, resolve_interventions
 from personaspace.store.catalog import REPORT
 from personaspace.store.formats.role_names import SCENARIO
 from personaspace.store.interruption import orderly_end
@@ -161,6 +163,7 @@ def _prepare(config: RunConfig, *, keep: bool = False) -> Job:
     folder = run_folder(config.store.root, config.store.run)
     # From here on, and in run.json, there is no `auto`.
     config = replace(config, model=settle_dtype(config.model, config.cluster, folder))
+    interventions = resolve_interventions(config.steer)
     job = prepare(
         model=config.model,
         personas=config.personas,
@@ -169,7 +172,11 @@ def _prepare(config: RunConfig, *, keep: bool = False) -> Job:
         store=config.store,
         execution={"config": asdict(config)},
         keep=keep,
+        hooks=layer_hooks(interventions),
+        steering=intervention_identity(config.steer, interventions) if interventions else None,
     )
+    check_hidden(interventions, job.checkpoint.hidden)
+    check_hooks(job.hooks, job.checkpoint.layers, config.generate, config.personas.auditor, config.cluster)
     check_engine(config.generate, config.cluster)
     check_sharding(job, config.cluster)
     return job

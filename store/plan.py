@@ -47,6 +47,11 @@ def rollout_id(role: str, messages: Sequence[dict[str, str]], generation: str, s
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
+def steered_id(plain_id: str, steering: str) -> str:
+    """Permanent id of a rollout of a model that is changed while it runs, from the one that it has without."""
+    return hashlib.sha256(f"{plain_id} {steering}".encode()).hexdigest()[:16]
+
+
 def plan_key(segment: int) -> str:
     return f"{PLAN}/{segment:06d}.parquet"
 

@@ -19,11 +19,11 @@ PAPER_RANGES = (("Qwen 3 32B", 64, range(46, 54)), ("Llama 3.3 70B", 80, range(5
 """(model, its number of blocks, the range that the paper found best for it) (section 5.2)."""
 
 
-def parse_range(text: str) -> range:
-    """The layers of `46-53` (both ends are in) or `46`. Raises InputError for anything else."""
+def parse_range(text: str, where: str = "caps --layers") -> range:
+    """The layers of `46-53` (both ends are in) or `46`. Raises InputError, naming ``where``, for anything else."""
     found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
     if found is None or int(found[2] or found[1]) < int(found[1]):
-        raise InputError(f"caps --layers: {text!r}; give first and last layer, such as 46-53, or one layer.")
+        raise InputError(f"{where}: {text!r}; give first and last layer, such as 46-53, or one layer.")
     return range(int(found[1]), int(found[2] or found[1]) + 1)
 
 

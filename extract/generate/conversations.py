@@ -144,7 +144,7 @@ class _Going:
 
 def turn_seed(seed: int, planned: PlannedRollout, turn: int, who: str = "assistant") -> int:
     """Seed of a turn: the rollout's own for the assistant's first one, and one derived from it for each other."""
-    return rollout_seed(seed, planned.rollout_id if turn == 0 else f"{planned.rollout_id}/{turn}/{who}")
+    return rollout_seed(seed, planned.noise_id if turn == 0 else f"{planned.noise_id}/{turn}/{who}")
 
 
 def hold_conversations(

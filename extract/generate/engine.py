@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 
 from personaspace.extract.checkpoint import Checkpoint
 from personaspace.extract.config import GenerateConfig
+from personaspace.extract.hooks import LayerHook
 from personaspace.extract.pooling import Pooled
 from personaspace.extract.reductions import Readout
 
@@ -45,8 +46,14 @@ class Engine(Protocol):
         """
 
 
-class CapturingEngine(Engine, Protocol):
-    """An engine that can read activations while it samples."""
+class InnerEngine(Engine, Protocol):
+    """An engine that can read and change activations while it samples: its model is in its own hands."""
+
+    def intervene(self, checkpoint: Checkpoint, hooks: Sequence[LayerHook]) -> None:
+        """From now on, change the residual stream so, in `generate`, `generate_captured` and `replay`.
+
+        What is captured is captured behind the changes. Raises InputError for a model that can't be changed so.
+        """
 
     def capture(self, checkpoint: Checkpoint, readout: Readout, layers: Sequence[int]) -> None:
         """From now on, read ``layers`` while generating. Raises InputError for what can't be read so."""

@@ -1,6 +1,8 @@
 """Generation with transformers: one whole model in this process, static batches, token ids in and out."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from personaspace.extract.generate.continuous import sample_continuously
 from personaspace.extract.generate.ending import end_response, stop_ids
 from personaspace.extract.generate.engine import Captured, Response
 from personaspace.extract.generate.noise import GumbelTopP
+from personaspace.extract.hooks import LayerHook, changed
 from personaspace.extract.packing import MicroBatch
 from personaspace.extract.pooling import Pooled
 from personaspace.extract.reductions import Readout
@@ -54,6 +57,8 @@ class TransformersEngine:
         self._model: Any = model
         self._agree = agree
         self._capture: Capture | None = None
+        self._hooks: tuple[LayerHook, ...] = ()
+        self._changed: Callable[[], AbstractContextManager[None]] = nullcontext
         self._stop_ids = stop_ids(self._model.generation_config.eos_token_id, chat.tokenizer.eos_token_id)
         # Only these settings count: a checkpoint's own sampling defaults must not slip in.
         self._model.generation_config = GenerationConfig(
@@ -74,8 +79,14 @@ class TransformersEngine:
             compiled=False,
         )
 
+    def intervene(self, checkpoint: Checkpoint, hooks: Sequence[LayerHook]) -> None:
+        """From now on, change the residual stream so (generate.engine.InnerEngine)."""
+        parts = dissect(self._model, checkpoint.layers)
+        self._hooks = tuple(hooks)
+        self._changed = partial(changed, parts.decoder, parts.blocks, self._hooks)
+
     def capture(self, checkpoint: Checkpoint, readout: Readout, layers: Sequence[int]) -> None:
-        """From now on, read ``layers`` while generating (generate.engine.CapturingEngine)."""
+        """From now on, read ``layers`` while generating (generate.engine.InnerEngine)."""
         stops = self._chat.stop_strings
         # No token holds less than a byte of a stop string.
         remembered = max((len(stop.encode()) for stop in stops), default=0)
@@ -90,8 +101,9 @@ class TransformersEngine:
             rows=tuple(sampled),
             token_ids=tuple((*prompt, *response.token_ids) for prompt, response in sampled.values()),
             segments=tuple(self._readout.segments([_whole(*both)]) for both in sampled.values()),
+            begins=tuple(len(prompt) for prompt, _ in sampled.values()),
         )
-        with Stage(self._slice, sites=self._readout.sites, layers=self._layers) as stage:
+        with Stage(self._slice, sites=self._readout.sites, layers=self._layers, hooks=self._hooks) as stage:
             return stage.forward(batch).pooled()
 
     def generate(
@@ -106,7 +118,8 @@ class TransformersEngine:
     ) -> list[Captured]:
         """The same, with what `capture` asked for; None where it was not called."""
         if config.batching == "continuous":
-            sampled = sample_continuously(self._model, prompts, seeds, config, self._model.generation_config)
+            with self._changed():
+                sampled = sample_continuously(self._model, prompts, seeds, config, self._model.generation_config)
             return [(end_response(self._chat, self._stop_ids, token_ids), None) for token_ids in sampled]
         length = max(len(prompt) for prompt in prompts)
         ids_BT = torch.zeros((len(prompts), length), dtype=torch.long)
@@ -120,14 +133,15 @@ class TransformersEngine:
             self._capture.begin(len(prompts), length)
             processors.append(_Stepping(self._capture))
         stops = self._chat.stop_strings
-        generated_BT = self._model.generate(
-            input_ids=ids_BT.to(self._device),
-            attention_mask=mask_BT.to(self._device),
-            # Captured, the last token has to pass, too: what is sampled after it is thrown away.
-            max_new_tokens=config.max_new_tokens + (self._capture is not None),
-            logits_processor=LogitsProcessorList(processors),
-            **({"stop_strings": stops, "tokenizer": self._chat.tokenizer} if stops else {}),
-        )
+        with self._changed():
+            generated_BT = self._model.generate(
+                input_ids=ids_BT.to(self._device),
+                attention_mask=mask_BT.to(self._device),
+                # Captured, the last token has to pass, too: what is sampled after it is thrown away.
+                max_new_tokens=config.max_new_tokens + (self._capture is not None),
+                logits_processor=LogitsProcessorList(processors),
+                **({"stop_strings": stops, "tokenizer": self._chat.tokenizer} if stops else {}),
+            )
         sampled = generated_BT[:, length : length + config.max_new_tokens].tolist()
         responses = [end_response(self._chat, self._stop_ids, token_ids) for token_ids in sampled]
         if self._capture is None:

@@ -1,13 +1,9 @@
-"""In vLLM's workers: residual streams summed while it decodes, through its public extension points.
-
-`CaptureWorker` is mixed into the workers (`worker_extension_cls`) and called through `collective_rpc`; which rollout a
-request is, and where its response begins, travels in `SamplingParams.extra_args`. Forward hooks need eager mode. Not
-public, and so bound to the pinned version: how vLLM's model runner says which tokens of a flat batch are whose.
+"""Residual streams summed inside vLLM while it decodes.
 
 Shape suffixes: N tokens of a step, S segments (one for each reduction), L layers, R requests at once, D hidden.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,45 +12,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from personaspace.extract.generate.capture import SegmentTokens
-
-CAPTURABLE = {
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Phi3ForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-}
-"""Architectures whose blocks were compared with those of transformers (tests/extract/generate/test_vllm_capture.py):
-what a block hands on, vLLM's models are free to split as they like."""
-ROW, PROMPT = "personaspace_row", "personaspace_prompt_tokens"
-"""Names in `extra_args`: the rollout's place in the batch, and the tokens before its response."""
+from personaspace.extract.generate.vllm_step import find_blocks, read_step, stream_of
 
 
-class CaptureWorker:
-    """What a worker of vLLM can do besides: sum the states of the tokens of responses."""
-
-    rank: int
-    model_runner: Any
-
-    def start_capture(self, layers: Sequence[int], blocks: int, segments: Sequence[tuple[int, int | None]]) -> None:
-        """Once: read ``layers`` of ``blocks``. Every rank sees the whole stream, so that the first one is enough."""
-        if self.rank == 0:
-            tokens = [SegmentTokens(*segment) for segment in segments]
-            self._capture = _Sums(self.model_runner, layers, blocks, tokens)
-
-    def begin_capture(self, longest: int, stop_ids: Sequence[int]) -> None:
-        """A batch begins, whose responses have at most ``longest`` tokens and end before any of ``stop_ids``."""
-        if self.rank == 0:
-            self._capture.begin(longest, stop_ids)
-
-    def end_capture(self) -> dict[int, tuple[NDArray[np.float32], int]]:
-        """Row -> its sums ``(S, L, D)``, and how many tokens of its response were seen."""
-        return self._capture.end() if self.rank == 0 else {}
-
-
-class _Sums:
+class Sums:
     """Sums of the requests that are on their way, on the device; of others, on the host."""
 
     def __init__(self, runner: Any, layers: Sequence[int], blocks: int, segments: Sequence[SegmentTokens]) -> None:
@@ -69,7 +30,7 @@ class _Sums:
         self._free = list(range(slots))
         self._aside: dict[int, tuple[torch.Tensor, int]] = {}
         model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
-        found = _find_blocks(model, blocks)
+        found = find_blocks(model, blocks)
         for number, layer in enumerate(layers):
             found[layer].register_forward_hook(self._after(number))
 
@@ -87,22 +48,14 @@ class _Sums:
         """Find out which tokens of the step belong to responses, and to which segments."""
         if not self._active:
             return
-        batch = self._runner.input_batch
-        count = batch.num_reqs
-        told = [self._runner.requests[name].sampling_params.extra_args for name in batch.req_ids[:count]]
-        rows = [args[ROW] for args in told]
-        self._keep_only(rows)
-        slots = np.array([self._slot(row) for row in rows])
-        starts = self._runner.query_start_loc.np[: count + 1].astype(np.int64)
-        lengths = np.diff(starts)
-        within = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
-        position = np.repeat(batch.num_computed_tokens_cpu[:count], lengths) + within
-        token = position - np.repeat([args[PROMPT] for args in told], lengths)
+        step = read_step(self._runner)
+        self._keep_only(step.row_R)
+        slots, token = np.array([self._slot(row) for row in step.row_R]), step.token_N
         wanted = (token >= min(0, *(segment.first for segment in self._segments))) & (token < self._longest)
         place, token = np.flatnonzero(wanted), token[wanted]
         device = self._sums_SLRD.device
         self._place_N = torch.from_numpy(place).to(device, non_blocking=True)
-        self._slot_N = torch.from_numpy(np.repeat(slots, lengths)[wanted]).to(device, non_blocking=True)
+        self._slot_N = torch.from_numpy(np.repeat(slots, step.length_R)[wanted]).to(device, non_blocking=True)
         # What is sampled may be known on the device alone. Prompts hold end-of-turn tokens, too.
         response_N = torch.from_numpy(token >= 0).to(device, non_blocking=True)
         ended_N = response_N & torch.isin(arguments["input_ids"][self._place_N].long(), self._stops)
@@ -115,7 +68,7 @@ class _Sums:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
             if not self._active or not len(self._place_N):
                 return
-            states_ND = _stream(output)[self._place_N].float()
+            states_ND = stream_of(output)[self._place_N].float()
             for segment, counted_N in enumerate(self._counted_SN):
                 # What follows an end may be anything: 0 * inf is NaN.
                 counted_ND = states_ND.masked_fill(~counted_N[:, None], 0)
@@ -137,22 +90,3 @@ class _Sums:
             slot = self._slots.pop(row)
             self._aside[row] = (self._sums_SLRD[:, :, slot].to("cpu", copy=True), int(self._seen_R[slot]))
             self._free.append(slot)
-
-
-def _stream(output: Any) -> torch.Tensor:
-    """The residual stream ``(N, D)`` in what a block hands on: itself, or its last addition and all before."""
-    stream_ND: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0] + output[1]
-    return stream_ND
-
-
-def _find_blocks(model: nn.Module, count: int) -> nn.ModuleList:
-    """The model's blocks: the list of so many that lies outermost."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ValueError(f"vLLM's {type(model).__name__} has no list of {count} blocks")
-
-
-def requested(row: int, prompt_tokens: int) -> Mapping[str, int]:
-    """`extra_args` of a request."""
-    return {ROW: row, PROMPT: prompt_tokens}

@@ -21,7 +21,9 @@ from personaspace.extract.config import Dtype, GenerateConfig, VllmConfig
 from personaspace.extract.generate.capture import SegmentTokens
 from personaspace.extract.generate.ending import checkpoint_stop_ids, end_response
 from personaspace.extract.generate.engine import Captured, Response
-from personaspace.extract.generate.vllm_capture import CAPTURABLE, CaptureWorker, requested
+from personaspace.extract.generate.vllm_step import requested
+from personaspace.extract.generate.vllm_worker import COMPARED, InnerWorker
+from personaspace.extract.hooks import LayerHook
 from personaspace.extract.pooling import Pooled
 from personaspace.extract.reductions import Readout, token_range
 from personaspace.store.errors import InputError
@@ -50,7 +52,7 @@ class VllmEngine:
     """A model in vLLM that samples responses (generate.engine.Engine).
 
     ``device`` is `cpu` or `cuda`; ``ranks`` GPUs, or processes of ``threads`` threads each, hold the model together.
-    Only a ``captured`` one can `capture`.
+    Only one that is ``opened`` can `capture` and `intervene`.
     Each request has a generator of its own, seeded with its seed, so batches and order change nothing but roundings
     (see docs/generation.md for what that comes to).
     """
@@ -65,14 +67,14 @@ class VllmEngine:
         device: str = "cpu",
         ranks: int = 1,
         threads: int = 1,
-        captured: bool = False,
+        opened: bool = False,
     ) -> None:
         check_vllm()
         os.environ.update({name: value for name, value in _SETTINGS.items() if name not in os.environ})
         on_cpu = device == "cpu"
         if on_cpu:
             os.environ["OMP_NUM_THREADS"] = str(threads)  # Of the processes of the ranks.
-        if captured:
+        if opened:
             # How its newer runner lays out a step is not known here.
             os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         from vllm import LLM  # Reads the environment when imported.
@@ -96,8 +98,8 @@ class VllmEngine:
             gpu_memory_utilization=config.memory,
             kv_cache_memory_bytes=None if gib is None else int(gib * 2**30),
             enable_prefix_caching=True,
-            enforce_eager=on_cpu or captured if config.eager is None else config.eager,
-            worker_extension_cls=f"{CaptureWorker.__module__}.{CaptureWorker.__qualname__}" if captured else "",
+            enforce_eager=on_cpu or opened if config.eager is None else config.eager,
+            worker_extension_cls=f"{InnerWorker.__module__}.{InnerWorker.__qualname__}" if opened else "",
             # Only our settings count: a checkpoint's own sampling defaults must not slip in.
             generation_config="vllm",
             seed=0,
@@ -122,15 +124,14 @@ class VllmEngine:
         """
         return self._sample(prompts, seeds, config, [len(prompt) for prompt in prompts], config.max_new_tokens)
 
+    def intervene(self, checkpoint: Checkpoint, hooks: Sequence[LayerHook]) -> None:
+        """From now on, change the residual stream so; once, and before `capture` (generate.engine.InnerEngine)."""
+        _check_compared(checkpoint, "steer")
+        self._llm.collective_rpc("intervene", args=(list(hooks), checkpoint.layers))
+
     def capture(self, checkpoint: Checkpoint, readout: Readout, layers: Sequence[int]) -> None:
-        """From now on, `generate_captured` reads ``layers`` (generate.engine.CapturingEngine)."""
-        [architecture] = checkpoint.config().architectures or ["unknown"]
-        if architecture not in CAPTURABLE:
-            raise InputError(
-                f"generate.capture: vLLM's {architecture} was not compared with transformers', so nobody knows that "
-                f"it is read rightly. Known: {', '.join(sorted(CAPTURABLE))}. Leave generate.capture out, or use "
-                "generate.engine transformers."
-            )
+        """From now on, `generate_captured` reads ``layers`` (generate.engine.InnerEngine)."""
+        _check_compared(checkpoint, "generate.capture")
         self._readout = readout
         segments = [token_range(name) for name in readout.reductions]
         self._llm.collective_rpc("start_capture", args=(list(layers), checkpoint.layers, segments))
@@ -240,6 +241,15 @@ class VllmEngine:
     def close(self) -> None:
         """End the processes of its ranks, and free its memory. It can't generate after it."""
         self._llm.llm_engine.engine_core.shutdown()
+
+
+def _check_compared(checkpoint: Checkpoint, key: str) -> None:
+    [architecture] = checkpoint.config().architectures or ["unknown"]
+    if architecture not in COMPARED:
+        raise InputError(
+            f"{key}: vLLM's {architecture} was not compared with transformers', so nobody knows that it is read "
+            f"rightly. Known: {', '.join(sorted(COMPARED))}. Leave {key} out, or use generate.engine transformers."
+        )
 
 
 def _distribution() -> str:

@@ -122,10 +122,15 @@ def write_axis(file: Path, axis_LD: NDArray[np.float32], *, overwrite: bool = Fa
         _save(_tensor(axis_LD), temporary)
 
 
+def is_capping(file: Path) -> bool:
+    """Whether the file holds a capping config; anything else may be an axis."""
+    return _holds_capping(_load(file))
+
+
 def read_capping(file: Path) -> CappingConfig:
     """A capping config. Interventions without `cap` are left out, as the project itself passes over them."""
     entry = _load(file)
-    if not isinstance(entry, dict) or not {"vectors", "experiments"} <= entry.keys():
+    if not _holds_capping(entry):
         raise InputError(f"{file}: holds {_kind(entry)}; expected a dict with `vectors` and `experiments`.")
     vectors, experiments = entry["vectors"], entry["experiments"]
     if not isinstance(vectors, dict) or not all(isinstance(name, str) for name in vectors):
@@ -156,6 +161,10 @@ def write_capping(file: Path, config: CappingConfig, *, overwrite: bool = False)
     ]
     with replacing(file, overwrite=overwrite) as temporary:
         _save({"vectors": vectors, "experiments": experiments}, temporary)
+
+
+def _holds_capping(entry: Any) -> bool:
+    return isinstance(entry, dict) and {"vectors", "experiments"} <= entry.keys()
 
 
 def _activation_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:

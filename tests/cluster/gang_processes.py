@@ -27,9 +27,10 @@ from personaspace.extract.checkpoint import Checkpoint
 from personaspace.extract.config import Dtype, GenerateConfig, ModelConfig, Site
 from personaspace.extract.generate.engine import Response
 from personaspace.extract.generate.transformers_engine import TransformersEngine
+from personaspace.extract.hooks import LayerHook
 from personaspace.extract.selfcheck import check_stage
 from personaspace.extract.slicing import Slice
-from personaspace.extract.stage import LayerHook, Stage
+from personaspace.extract.stage import Stage
 from tests.extract.families import samples_batch
 from tests.extract.offload_memory import growth
 from tests.extract.test_stage_memory import Scarce

@@ -20,10 +20,11 @@ from transformers import AutoModel
 
 from personaspace.extract.checkpoint import Checkpoint, resolve
 from personaspace.extract.config import Dtype, ModelConfig, Site
+from personaspace.extract.hooks import LayerHook
 from personaspace.extract.packing import MicroBatch, Segment
 from personaspace.extract.reductions import Readout, plan_arrays
 from personaspace.extract.slicing import Slice, load_slice
-from personaspace.extract.stage import LayerHook, Stage
+from personaspace.extract.stage import Stage
 from personaspace.store.rollouts import Span
 from tests.models import SLIDING_WINDOW, tiny_checkpoint
 
@@ -136,6 +137,7 @@ def samples_batch(*, packed: bool = False) -> MicroBatch:
         token_ids=tuple(tuple(draw.randrange(3, 400) for _ in range(sample.length)) for sample in SAMPLES),
         segments=tuple(readout.segments(sample.spans) for sample in SAMPLES),
         packed=packed,
+        begins=tuple(sample.mean[0] for sample in SAMPLES),
     )
 
 

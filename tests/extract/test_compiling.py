@@ -13,8 +13,9 @@ import torch
 
 from personaspace.extract.config import ModelConfig
 from personaspace.extract.engine import Extractor
+from personaspace.extract.hooks import LayerHook
 from personaspace.extract.selfcheck import check_stage
-from personaspace.extract.stage import LayerHook, Stage
+from personaspace.extract.stage import Stage
 from personaspace.store.errors import InputError
 from tests.extract.families import CUTS, LAYERS, Family, cosine, relative_error
 from tests.models import FAMILIES, tiny_checkpoint

@@ -16,9 +16,9 @@ from personaspace.extract.chat import Message
 from personaspace.extract.checkpoint import Checkpoint
 from personaspace.extract.config import ModelConfig, Site
 from personaspace.extract.engine import Extractor
+from personaspace.extract.hooks import LayerHook
 from personaspace.extract.precision import machine_dtype
 from personaspace.extract.spans import Conversation, continue_conversation, locate
-from personaspace.extract.stage import LayerHook
 from personaspace.store.errors import InputError
 from personaspace.store.rollouts import Span
 

@@ -13,8 +13,8 @@ from personaspace.extract.chat import Message
 from personaspace.extract.checkpoint import Checkpoint
 from personaspace.extract.config import ModelConfig, Site
 from personaspace.extract.engine import Extractor
+from personaspace.extract.hooks import LayerHook
 from personaspace.extract.spans import Conversation
-from personaspace.extract.stage import LayerHook
 from personaspace.store.errors import InputError
 from personaspace.store.rollouts import Span
 

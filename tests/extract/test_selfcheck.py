@@ -10,9 +10,10 @@ import torch
 from personaspace.extract.anatomy import UnsupportedModelError, check_supported
 from personaspace.extract.checkpoint import Checkpoint, resolve
 from personaspace.extract.config import Dtype, ModelConfig
+from personaspace.extract.hooks import LayerHook
 from personaspace.extract.selfcheck import check_stage
 from personaspace.extract.slicing import load_slice
-from personaspace.extract.stage import LayerHook, Stage
+from personaspace.extract.stage import Stage
 from tests.extract.families import READINGS
 from tests.extract.others import other_checkpoint
 from tests.models import FAMILIES, tiny_checkpoint

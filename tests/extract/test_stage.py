@@ -11,10 +11,11 @@ from torch import nn
 from personaspace.extract.anatomy import UnsupportedModelError
 from personaspace.extract.checkpoint import Checkpoint
 from personaspace.extract.config import Site
+from personaspace.extract.hooks import LayerHook
 from personaspace.extract.packing import MicroBatch
 from personaspace.extract.selfcheck import check_stage
 from personaspace.extract.slicing import Slice, load_slice
-from personaspace.extract.stage import LayerHook, Stage
+from personaspace.extract.stage import Stage
 from tests.extract.families import CUTS, LAYERS, SITES, Family, cosine, relative_error, samples_batch
 from tests.extract.others import other_checkpoint
 from tests.models import FAMILIES

@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from personaspace.extract.checkpoint import Checkpoint
+from personaspace.extract.hooks import LayerHook
 from personaspace.extract.packing import MicroBatch
 from personaspace.extract.slicing import load_slice
-from personaspace.extract.stage import OUT_OF_MEMORY, LayerHook, Stage, StageOutput
+from personaspace.extract.stage import OUT_OF_MEMORY, Stage, StageOutput
 from tests.extract.families import SAMPLES, SITES, samples_batch
 
 LENGTHS = [sample.length for sample in SAMPLES]
