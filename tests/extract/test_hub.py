@@ -37,6 +37,9 @@ class Node:
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(home),
             "HF_HUB_OFFLINE": "0",
+            # By default a server that says nothing for 10 s is asked again: on a busy machine one that only waits, too.
+            "HF_HUB_DOWNLOAD_TIMEOUT": "300",
+            "HF_HUB_ETAG_TIMEOUT": "300",
             "NO_PROXY": "127.0.0.1",
         }
 
