@@ -19,6 +19,7 @@ from personaspace.plan_cli import add_plan_command, run_plan
 from personaspace.quality_cli import add_quality, run_quality
 from personaspace.store.errors import InputError, PersonaspaceError
 from personaspace.store_cli import add_commands, run_store
+from personaspace.sweep_cli import add_sweep, run_sweep
 from personaspace.watch_cli import CONFIG_ENDINGS, add_watching, status, timeline
 
 STEPS = {
@@ -44,6 +45,7 @@ examples:
   personaspace caps runs/demo --output capping.pt
   personaspace compare runs/base runs/instruct
   personaspace drift runs/conversations --space runs/demo
+  personaspace sweep configs/demo.yaml --steer.source runs/demo
   personaspace personas show ghost
   personaspace judge runs/demo --model gpt-4.1-mini --dry-run
   personaspace store ls runs
@@ -91,6 +93,8 @@ def _dispatch(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
         return run_compare(parsed, flags)
     if parsed.command == "drift":
         return run_drift(parsed, flags)
+    if parsed.command == "sweep":
+        return run_sweep(parsed, flags)
     if parsed.command == "plan":
         run_plan(parsed, flags)
         return 0
@@ -158,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     add_caps(commands)
     add_compare(commands)
     add_drift(commands)
+    add_sweep(commands)
     add_commands(commands)
     return parser
 

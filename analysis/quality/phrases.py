@@ -1,4 +1,4 @@
-"""Refusals and broken roles, by phrases that are kept as data in configs/quality/phrases.yaml."""
+"""What responses say of themselves, by phrases that are kept as data in configs/quality."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -10,8 +10,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 from numpy.typing import NDArray
-
-from personaspace.analysis.quality.flaws import FlawName
 
 _THOUGHT = r"(?s)^\s*(?:<think>.*?(?:</think>|$)|\[THINK\].*?(?:\[/THINK\]|$))\s*"
 
@@ -55,12 +53,12 @@ def said_aloud(texts: pa.Array) -> pa.Array:
 
 
 @cache
-def load_phrases() -> dict[FlawName, Phrases]:
-    """The phrases of `refused` and of `broke_role`."""
-    file = resources.files("personaspace") / "configs" / "quality" / "phrases.yaml"
-    document: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+def load_phrases(file: str = "phrases.yaml") -> dict[str, Phrases]:
+    """What a file of configs/quality knows phrases for: of phrases.yaml, `refused` and `broke_role`."""
+    text = (resources.files("personaspace") / "configs" / "quality" / file).read_text(encoding="utf-8")
+    document: dict[str, Any] = yaml.safe_load(text)
     # Folded lines of YAML join with a space, which would be part of the pattern.
-    fragments = {name: text.replace(" |", "|") for name, text in document["fragments"].items()}
+    fragments = {name: text.replace(" |", "|") for name, text in document.pop("fragments").items()}
 
     def phrase(entry: dict[str, Any]) -> Phrase:
         pattern = entry["pattern"]
@@ -69,6 +67,6 @@ def load_phrases() -> dict[FlawName, Phrases]:
         return Phrase(pattern=pattern, matches=tuple(entry["matches"]), spares=tuple(entry["spares"]))
 
     return {
-        name: Phrases(within=document[name]["within"], phrases=tuple(map(phrase, document[name]["phrases"])))
-        for name in ("refused", "broke_role")
+        name: Phrases(within=found["within"], phrases=tuple(map(phrase, found["phrases"])))
+        for name, found in document.items()
     }

@@ -8,15 +8,16 @@ import pytest
 
 from personaspace.analysis.quality.phrases import Phrase, load_phrases, said_aloud
 
-CASES = [(name, phrase) for name, phrases in load_phrases().items() for phrase in phrases.phrases]
+FILES = ("phrases.yaml", "speakers.yaml")
+CASES = [(file, name, phrase) for file in FILES for name, of in load_phrases(file).items() for phrase in of.phrases]
 
 
-def found(name: str, text: str) -> bool:
-    return bool(load_phrases()[name].find(said_aloud(pa.array([text])))[0])  # type: ignore[index]
+def found(name: str, text: str, file: str = FILES[0]) -> bool:
+    return bool(load_phrases(file)[name].find(said_aloud(pa.array([text])))[0])
 
 
-@pytest.mark.parametrize(("name", "phrase"), CASES)
-def test_examples(name: str, phrase: Phrase) -> None:
+@pytest.mark.parametrize(("file", "name", "phrase"), CASES)
+def test_examples(file: str, name: str, phrase: Phrase) -> None:
     assert phrase.matches
     assert phrase.spares
     assert not re.search(r"\{[a-z]", phrase.pattern), "every fragment is filled in"
@@ -25,7 +26,7 @@ def test_examples(name: str, phrase: Phrase) -> None:
         # By this pattern, not by another one of the list.
         assert pc.match_substring_regex(said, pattern=phrase.pattern, ignore_case=True)[0].as_py(), text
     for text in phrase.spares:
-        assert not found(name, text), text
+        assert not found(name, text, file), text
 
 
 @pytest.mark.parametrize(

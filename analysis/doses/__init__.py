@@ -1,0 +1,1 @@
+"""Dose-response: what responses become as a model is moved along a direction."""

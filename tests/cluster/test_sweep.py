@@ -1,0 +1,42 @@
+"""A sweep of a tiny model, end to end: every dose a run, a page and tables; the second time nothing is done again."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import yaml
+
+from personaspace.analysis.doses.report import MARKER
+from personaspace.cli import main
+from personaspace.store.formats.torch_files import write_axis
+from tests.models import tiny_checkpoint
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("commands_join")]
+
+
+def test_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_checkpoint(tmp_path / "model")
+    write_axis(tmp_path / "axis.pt", np.random.default_rng(0).normal(size=(6, 32)).astype(np.float32))
+    document = {
+        "model": {"id": str(tmp_path / "model"), "dtype": "float32"},
+        "personas": {"only": ["ghost"], "prompts": 1},
+        "generate": {"max_new_tokens": 8},
+        "store": {"root": str(tmp_path / "runs"), "run": "tiny"},
+        "steer": {"source": "axis.pt", "unit": "residual", "layers": "3"},
+        "cluster": {"device": "cpu"},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(document))
+    command = ["sweep", "config.yaml", "--doses", "-40", "0", "--tables", "tables"]
+    assert main(command) == 0
+    out = capfd.readouterr().out
+    assert "dose -40" in out
+    assert out.rstrip().endswith("page: tiny-sweep.html")
+    assert MARKER in (tmp_path / "tiny-sweep.html").read_text()
+    table = pyarrow.parquet.read_table(tmp_path / "tables" / "responses.parquet")
+    assert table.num_rows == 2 * 2 * 20
+    by_dose = [table.filter(pyarrow.compute.field("dose") == dose)["response"].to_pylist() for dose in (-40.0, 0.0)]
+    assert by_dose[0] != by_dose[1]
+    assert main([*command, "--overwrite"]) == 0
+    assert pyarrow.parquet.read_table(tmp_path / "tables" / "responses.parquet").equals(table)
