@@ -1,0 +1,1 @@
+"""One model that people talk with: in a page, through an endpoint, or in a terminal."""
