@@ -42,6 +42,8 @@ class Ask:
     """[{role, content}], ending with the user's turn."""
     interventions: tuple[Intervention, ...] = ()
     max_tokens: int = 512
+    fit: bool = False
+    """Where the context holds fewer than ``max_tokens``, answer in as many as it holds."""
     temperature: float = 0.7
     """0: always the most probable token."""
     top_p: float = 0.9
@@ -209,10 +211,11 @@ class _Generation:
         self.ticket = Ticket()
         self._talker, self._ask, self._listen = talker, ask, listen
         self._prompt = talker.chat.encode_prompt(ask.messages)
-        needed = len(self._prompt) + ask.max_tokens
-        if talker.max_positions is not None and needed > talker.max_positions:
+        room = ask.max_tokens if talker.max_positions is None else talker.max_positions - len(self._prompt)
+        self._most = min(ask.max_tokens, room) if ask.fit else ask.max_tokens
+        if self._most > room or self._most < 1:
             raise InputError(
-                f"the conversation has {len(self._prompt)} tokens, with {ask.max_tokens} of the answer {needed}; the "
+                f"the conversation has {len(self._prompt)} tokens, and its answer may have {ask.max_tokens}; the "
                 f"model's context holds {talker.max_positions}."
             )
         self._hooks = layer_hooks(ask.interventions)
@@ -254,7 +257,7 @@ class _Generation:
         if self._tokens:
             self._summed += 1
             self._sums = {layer: self._sums.get(layer, 0) + value for layer, value in passed.items()}
-        if len(self._tokens) == self._ask.max_tokens:
+        if len(self._tokens) == self._most:
             return self.end("length")
         token = self._sample(logits_V)
         if self._talker.ends(token):
