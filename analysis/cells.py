@@ -47,7 +47,10 @@ class Cells:
     def merge(self, other: "Cells") -> None:
         """Add what another part of the rows gave; its fixed point may be another."""
         moved_D = other.shift_D.astype(np.float64) - self.shift_D
-        self.sum_CD += other.sum_CD + np.outer(other.count_C, moved_D)
+        # In strips, since what is added is as large as the sums, and twice as wide.
+        for start in range(0, len(moved_D), STRIP):
+            strip = slice(start, start + STRIP)
+            self.sum_CD[:, strip] += other.sum_CD[:, strip] + np.outer(other.count_C, moved_D[strip])
         self.count_C += other.count_C
 
     def vectors(self, weight_VC: csr_array) -> tuple[NDArray[np.floating], NDArray[np.float64]]:

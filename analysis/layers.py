@@ -5,7 +5,7 @@ A layer's rows are split where there are more workers than layers in flight; the
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,8 @@ def plan_layers(layers: int, rows: int, layer_bytes: int, *, workers: int, memor
 def fit_layers(values: Values, layers: Sequence[int], plan: Plan, *, memory: int | None) -> list[LayerFit]:
     """Fit every layer. ``memory``: bytes for all that is in flight together; default: half of what is free."""
     client = _client()
+    # Threads of this process run each task once, so that nothing needs a copy.
+    merge = Summary.merge if client is None else Summary.merged
     workers = CPU_COUNT if client is None else sum(worker["nthreads"] for worker in _workers(client))
     schedule = plan_layers(
         len(layers),
@@ -81,21 +83,29 @@ def fit_layers(values: Values, layers: Sequence[int], plan: Plan, *, memory: int
     with threadpool_limits(limits=max(1, CPU_COUNT // schedule.workers), user_api="blas"):
         for start in range(0, len(layers), schedule.in_flight):
             wave = [
-                _one_layer(layer, schedule.parts, plan.config.precision, *shared)
+                _one_layer(layer, schedule.parts, plan.config.precision, merge, *shared)
                 for layer in layers[start : start + schedule.in_flight]
             ]
             fitted.extend(dask.compute(*wave, num_workers=schedule.workers))
     return fitted
 
 
-def _one_layer(layer: int, parts: int, precision: Precision, values: Delayed, plan: Delayed, rows: Delayed) -> Delayed:
+def _one_layer(
+    layer: int,
+    parts: int,
+    precision: Precision,
+    merge: Callable[[Summary, Summary], Summary],
+    values: Delayed,
+    plan: Delayed,
+    rows: Delayed,
+) -> Delayed:
     summaries = [
         dask.delayed(summarise_part, pure=False)(values, layer, rows, part, parts, precision) for part in range(parts)
     ]
     while len(summaries) > 1:
         odd = summaries[len(summaries) // 2 * 2 :]
         pairs = zip(summaries[0::2], summaries[1::2], strict=False)
-        summaries = [dask.delayed(Summary.merged, pure=False)(first, second) for first, second in pairs] + odd
+        summaries = [dask.delayed(merge, pure=False)(first, second) for first, second in pairs] + odd
     return dask.delayed(finish_layer, pure=False)(summaries[0], values, layer, plan)
 
 

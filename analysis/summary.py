@@ -78,17 +78,16 @@ class Summary:
     moments: Moments
     cells: Cells
 
-    def merge(self, other: "Summary") -> None:
-        """Take in what another part of the rows gave."""
+    def merge(self, other: "Summary") -> "Summary":
+        """Take in what another part of the rows gave. Returns itself."""
         self.moments.merge(other.moments)
         self.cells.merge(other.cells)
+        return self
 
     def merged(self, other: "Summary") -> "Summary":
-        """The same as a new Summary, for schedulers whose tasks may not change what they are given."""
+        """The same as a new Summary, for schedulers that may run a task again, with what it was given before."""
         cells = Cells(shift_D=self.cells.shift_D, sum_CD=self.cells.sum_CD.copy(), count_C=self.cells.count_C.copy())
-        whole = Summary(moments=self.moments.copy(), cells=cells)
-        whole.merge(other)
-        return whole
+        return Summary(moments=self.moments.copy(), cells=cells).merge(other)
 
 
 def summarise(values: Values, layer: int, rows: Rows, precision: Precision = "float32") -> Summary:

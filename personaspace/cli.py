@@ -13,6 +13,7 @@ from personaspace.config import load_config, print_flags
 from personaspace.drift_cli import add_drift, run_drift
 from personaspace.judge_cli import COMMANDS as JUDGING
 from personaspace.judge_cli import add_judging, run_judging
+from personaspace.live_cli import add_live, run_live
 from personaspace.new_cli import add_new_command, run_new
 from personaspace.personas_cli import add_personas, run_personas
 from personaspace.plan_cli import add_plan_command, run_plan
@@ -46,6 +47,7 @@ examples:
   personaspace compare runs/base runs/instruct
   personaspace drift runs/conversations --space runs/demo
   personaspace sweep configs/demo.yaml --steer.source runs/demo
+  personaspace serve runs/demo --percentile 25
   personaspace personas show ghost
   personaspace judge runs/demo --model gpt-4.1-mini --dry-run
   personaspace store ls runs
@@ -95,6 +97,8 @@ def _dispatch(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
         return run_drift(parsed, flags)
     if parsed.command == "sweep":
         return run_sweep(parsed, flags)
+    if parsed.command == "serve":
+        return run_live(parsed, flags)
     if parsed.command == "plan":
         run_plan(parsed, flags)
         return 0
@@ -163,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     add_compare(commands)
     add_drift(commands)
     add_sweep(commands)
+    add_live(commands)
     add_commands(commands)
     return parser
 

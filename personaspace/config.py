@@ -74,6 +74,14 @@ def with_judge_flags(config: JudgeConfig, flags: Sequence[str], *, prog: str) ->
     return _check(asdict(RunConfig(model=ModelConfig(id="-"), judge=changed)), "the command line").judge
 
 
+def with_steer_flags(config: SteerConfig, flags: Sequence[str], *, prog: str) -> SteerConfig:
+    """The section `steer` with ``flags`` (``--percentile 50``) applied. Raises InputError as for a whole config."""
+    if not flags:
+        return config
+    changed = tyro.cli(SteerConfig, prog=prog, default=config, args=list(flags))
+    return _check(asdict(RunConfig(model=ModelConfig(id="-"), steer=changed)), "the command line").steer
+
+
 def print_flags(prog: str) -> None:
     """Print the help text of all flags, with the defaults of a config that only names a model; does not return."""
     tyro.cli(

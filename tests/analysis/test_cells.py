@@ -1,11 +1,13 @@
 """Cells: sums by group and question, however the rows are cut, and weighted means of them."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from personaspace.analysis.cells import NO_CELL, Cells, selection
+from personaspace.analysis.cells import NO_CELL, STRIP, Cells, selection
 
 
 @settings(deadline=None)
@@ -46,3 +48,16 @@ def test_rows_of_no_cell_are_passed_over() -> None:
     cells.add(np.full((3, 2), np.nan, np.float32), np.full(3, NO_CELL))
     assert cells.count_C.tolist() == [0]
     assert (cells.sum_CD == 0).all()
+
+
+def test_merging_takes_little_memory() -> None:
+    """Far less than the sums themselves, which are gigabytes where there are many roles and questions."""
+    hidden, count = 4 * STRIP, 2000
+    draw = np.random.default_rng(0)
+    cells, other = (Cells.empty(count, draw.normal(size=hidden).astype(np.float32)) for _ in range(2))
+    other.count_C[:] = 1
+    tracemalloc.start()
+    cells.merge(other)
+    taken = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert taken < 1.2 * cells.sum_CD.nbytes

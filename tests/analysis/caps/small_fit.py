@@ -1,5 +1,6 @@
 """A small fitted run, for what reads fits: random activations, written through the store's own commits."""
 
+from dataclasses import replace
 from typing import Any
 
 from personaspace.analysis.config import AnalysisConfig
@@ -20,14 +21,15 @@ EXTRA_ROLES: list[dict[str, Any]] = [
 """A trait's pole and conversations, without rollouts."""
 
 
-def write_fitted(folder: LocalFolder, layers: int = LAYOUT.layers) -> None:
+def write_fitted(folder: LocalFolder, layers: int = LAYOUT.layers, hidden: int = LAYOUT.hidden) -> None:
     """A run and its fit; ``layers``: how many of the layers it has."""
+    layout = replace(LAYOUT, hidden=hidden)
     roles = [{"id": role, "kind": "dramatic", "description": role, "prompts": ["A", "B"]} for role in ROLES]
     questions = [{"id": f"q{number}", "category": "any", "text": f"{number}?"} for number in range(3)]
     with acquire(folder, timeout=60, say=print) as lease:
-        create(lease.fence, LAYOUT, tables={"roles": roles + EXTRA_ROLES, "questions": questions})
-        commit_rollouts(lease.fence, LAYOUT, range(LAYOUT.units))
-        groups = range(layers // LAYOUT.layer_group)
-        commit_shards(lease.fence, LAYOUT, [(unit, group) for unit in range(LAYOUT.units) for group in groups])
-        commit_coordinates(lease.fence, LAYOUT, range(LAYOUT.units), dropped=[DROPPED])
+        create(lease.fence, layout, tables={"roles": roles + EXTRA_ROLES, "questions": questions})
+        commit_rollouts(lease.fence, layout, range(layout.units))
+        groups = range(layers // layout.layer_group)
+        commit_shards(lease.fence, layout, [(unit, group) for unit in range(layout.units) for group in groups])
+        commit_coordinates(lease.fence, layout, range(layout.units), dropped=[DROPPED])
     fit(folder, AnalysisConfig(permutations=20))
