@@ -61,7 +61,7 @@ vllm: $(VLLM_VENV)/.done ## build the environment for generate.engine: vllm, on 
 
 test-vllm: $(VENV)/.dev $(VLLM_VENV)/.done ## run the tests of the vllm engine
 	PERSONASPACE_REQUIRE_VLLM=1 $(VLLM_VENV)/bin/python -m pytest tests/extract/generate/test_vllm_engine.py tests/extract/generate/test_vllm_capture.py tests/extract/generate/test_servers.py
-	PERSONASPACE_REQUIRE_VLLM=1 PERSONASPACE_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(BIN)/pytest tests/cluster/test_vllm.py
+	PERSONASPACE_REQUIRE_VLLM=1 PERSONASPACE_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(BIN)/pytest $(VLLM_OPTIONS) tests/cluster/test_vllm.py
 
 lint: $(VENV)/.dev ## ruff, types, import rules
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ def config(place: Path, run: str, *, model: str = "model", file: str | None = No
     return str(path)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_one_that_fails_stops_no_other_and_the_summary_says_all(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

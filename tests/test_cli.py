@@ -43,6 +43,7 @@ def write_config(folder: Path, model: Path, extra: str = "") -> Path:
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("alone")
 def test_main_job_from_model_to_report(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config(tmp_path, model)

@@ -28,7 +28,7 @@ def write(tmp_path: Path, model: Path, *options: str) -> tuple[RunConfig, str]:
     return load_config(file), file.read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_file_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = tiny_checkpoint(tmp_path / "Tiny Chat_1")

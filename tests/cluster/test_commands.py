@@ -52,7 +52,7 @@ def config_file(folder: Path, model: Path) -> str:
     return str(file)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_broken_weights_end_the_run_at_the_limit_unless_it_allows_all(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

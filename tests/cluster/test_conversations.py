@@ -245,7 +245,7 @@ def test_preview_shows_what_the_user_will_say(folder: Path, tmp_path: Path, caps
     assert "3 turns; the user is played: You are Ann 0." in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_model_plays_its_own_user_in_a_run(folder: Path, own_ray: None) -> None:
     job = job_of(folder, "own-user", roles=(), auditor=AuditorConfig(played_by="model", max_tokens=5))
     run_job(job)

@@ -173,7 +173,7 @@ def generate_all(job: Job) -> list[Event]:
     return events
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("own_ray")
 def test_a_server_behind_ray(model: Model, tmp_path: Path) -> None:
     with model.serve(name=model.checkpoint.source) as server:

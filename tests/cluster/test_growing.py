@@ -262,7 +262,7 @@ def imported(model: Path, run: str, *, grow: bool = False, layers: tuple[int, ..
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_layers_are_added_and_the_coordinates_say_so(place: Place, own_ray: None) -> None:
     job = imported(place.model, "layers", layers=(0, 1))
     run_job(job)

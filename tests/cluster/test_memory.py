@@ -46,7 +46,7 @@ class ScarceActor(StageWorker):
             torch.empty(2**60, dtype=torch.uint8)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("own_ray")
 def test_a_run_survives_and_says_which_rollouts_ran_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_checkpoint(tmp_path / "model")

@@ -166,7 +166,7 @@ def test_packed_rollouts_are_as_good_as_padded_ones(place: Path, whole: Job) -> 
         job_for(place, "packed", reductions=("mean", "turns", "parts"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_grows_by_sites_by_reductions_and_by_spans(place: Path, whole: Job) -> None:
     write_responses(place / "more", {**CONVERSATIONS, "sailor": [talk("Ship?", "Ahoy.", "Sea?", "Wide.")]})
     job = job_for(place, "grown")

@@ -98,7 +98,7 @@ def test_a_gang_gives_the_same_and_its_ranks_share_the_writing(place: Path) -> N
     assert verify(job.folder).problems == ()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @needs_deepspeed
 @pytest.mark.usefixtures("own_ray")
 def test_a_run_begins_under_one_way_and_ends_under_others(place: Path) -> None:
@@ -138,6 +138,7 @@ def texts(place: Path, run: str, **config: Any) -> list[tuple[int, ...]]:
     return [tuple(entry["response_token_ids"]) for entry in read_rollouts(job.folder).to_pylist()]
 
 
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.usefixtures("own_ray")
 def test_generating_gives_the_same_text_whole_in_a_gang_and_offloaded(place: Path) -> None:

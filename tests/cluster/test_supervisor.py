@@ -117,7 +117,7 @@ def test_a_stage_that_is_killed_is_started_anew_and_nothing_changes(
     assert stored(job) == undisturbed
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("own_ray")
 def test_states_that_go_directly_give_the_same_and_survive_a_death(
     place: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
@@ -130,7 +130,7 @@ def test_states_that_go_directly_give_the_same_and_survive_a_death(
     assert stored(job) == undisturbed
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("own_ray")
 def test_a_stage_that_hangs_is_started_anew_and_nothing_changes(
     place: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch

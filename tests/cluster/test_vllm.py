@@ -137,6 +137,7 @@ def test_what_is_captured_is_what_a_second_pass_gives(place: Place) -> None:
     np.testing.assert_allclose(captured.values, extracted.values, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.nightly
 def test_killed_generator_is_replaced_and_says_the_same(place: Place) -> None:
     mark = uuid.uuid4().hex
     process = place.start("generator", mark=mark)
@@ -148,6 +149,7 @@ def test_killed_generator_is_replaced_and_says_the_same(place: Place) -> None:
     assert place.sampled("generator") == place.sampled("undisturbed")
 
 
+@pytest.mark.nightly
 def test_killed_driver_resumes_and_says_the_same(place: Place) -> None:
     mark = uuid.uuid4().hex
     process = place.start("driver", mark=mark)

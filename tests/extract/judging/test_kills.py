@@ -31,7 +31,7 @@ def test_interrupted_judge_commits_what_it_has(laboratory: Laboratory, number: s
     assert found.lost_on_the_way <= 16 + 8  # Those under way, and failures that nothing came after.
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_random_moments(laboratory: Laboratory) -> None:
     chance = random.Random(1)
     for number in range(6):
