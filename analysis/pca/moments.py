@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, Self, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.linalg.blas import dsyrk, ssyrk
+from scipy.linalg.blas import dsyrk
 
 from personaspace.store.errors import InputError
 
@@ -53,8 +53,11 @@ class Syrk(Protocol):
     def __call__(self, block_ND: Array, /) -> Array: ...
 
 
-class BlasSyrk:
-    """SciPy's BLAS, with an output buffer (D, D) that every call overwrites; not to be shared between threads."""
+class SelfProduct:
+    """NumPy's matmul, with an output buffer (D, D) that every call overwrites; not to be shared between threads.
+
+    It knows a product with itself (syrk) and lets other threads run meanwhile; SciPy's ssyrk holds the interpreter.
+    """
 
     def __init__(self) -> None:
         self._out_DD: Array = np.zeros((0, 0), np.float32)
@@ -62,14 +65,11 @@ class BlasSyrk:
     def __call__(self, block_ND: Array, /) -> Array:
         shape = (block_ND.shape[1],) * 2
         if self._out_DD.shape != shape or self._out_DD.dtype != block_ND.dtype:
-            self._out_DD = np.zeros(shape, block_ND.dtype)
-        syrk = ssyrk if block_ND.dtype == np.float32 else dsyrk
-        # Transposed, C-order is Fortran order and the lower triangle the upper one: nothing is copied.
-        syrk(1.0, block_ND.T, c=self._out_DD.T, lower=0, overwrite_c=1)
-        return self._out_DD
+            self._out_DD = np.empty(shape, block_ND.dtype)
+        return np.matmul(block_ND.T, block_ND, out=self._out_DD)
 
-    def __reduce__(self) -> tuple[type["BlasSyrk"], tuple[()]]:
-        return BlasSyrk, ()
+    def __reduce__(self) -> tuple[type["SelfProduct"], tuple[()]]:
+        return SelfProduct, ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +108,7 @@ class Moments:
         self.mean_D = np.zeros(dimension)
         self._scatter_DD = np.zeros((dimension, dimension))
         self._terms: list[NDArray[np.float64]] = []
-        self._syrk: Syrk = BlasSyrk() if syrk is None else syrk
+        self._syrk: Syrk = SelfProduct() if syrk is None else syrk
         self._centred_ND: Array = np.empty((0, dimension))
 
     @property
@@ -178,7 +178,7 @@ class Moments:
 
     def copy(self) -> "Moments":
         """The same moments, apart; with the same ``syrk``."""
-        syrk = None if isinstance(self._syrk, BlasSyrk) else self._syrk
+        syrk = None if isinstance(self._syrk, SelfProduct) else self._syrk
         return Moments(self.dimension, self.dtype, self.nan_rows, syrk).merge(self)
 
     def packed(self) -> PackedMoments:
