@@ -11,6 +11,7 @@ from personaspace.caps_cli import add_caps, run_caps
 from personaspace.compare_cli import add_compare, run_compare
 from personaspace.config import load_config, print_flags
 from personaspace.drift_cli import add_drift, run_drift
+from personaspace.harness_cli import add_harness, run_harness
 from personaspace.judge_cli import COMMANDS as JUDGING
 from personaspace.judge_cli import add_judging, run_judging
 from personaspace.live_cli import add_live, run_live
@@ -48,6 +49,7 @@ examples:
   personaspace drift runs/conversations --space runs/demo
   personaspace sweep configs/demo.yaml --steer.source runs/demo
   personaspace serve runs/demo --percentile 25
+  personaspace harness runs/demo --tasks gsm8k --limit 200
   personaspace personas show ghost
   personaspace judge runs/demo --model gpt-4.1-mini --dry-run
   personaspace store ls runs
@@ -99,6 +101,8 @@ def _dispatch(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
         return run_sweep(parsed, flags)
     if parsed.command == "serve":
         return run_live(parsed, flags)
+    if parsed.command == "harness":
+        return run_harness(parsed, flags)
     if parsed.command == "plan":
         run_plan(parsed, flags)
         return 0
@@ -168,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     add_drift(commands)
     add_sweep(commands)
     add_live(commands)
+    add_harness(commands)
     add_commands(commands)
     return parser
 
