@@ -6,9 +6,10 @@ lies in processes below this one, which end with it.
 
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -82,6 +83,7 @@ class VllmEngine:
         gib = config.cache_gib or (CPU_CACHE_GIB if on_cpu else None)
         self._chat = chat
         self._readout: Readout | None = None
+        self._salt: Callable[[], str] | None = None
         self._stops = checkpoint_stop_ids(checkpoint, chat)
         self._max_positions = checkpoint.max_positions
         self._llm: Any = LLM(
@@ -127,6 +129,11 @@ class VllmEngine:
     def intervene(self, checkpoint: Checkpoint, hooks: Sequence[LayerHook]) -> None:
         """From now on, change the residual stream so; once, and before `capture` (generate.engine.InnerEngine)."""
         _check_compared(checkpoint, "steer")
+        # What is cached was read unchanged. And where only responses change, they do not where a later prompt quotes
+        # them: prompts of other batches are no prefix then.
+        batches = itertools.count()
+        of_batch = any(hook.positions == "response" for hook in hooks)
+        self._salt = (lambda: f"steered {next(batches)}") if of_batch else (lambda: "steered")
         self._llm.collective_rpc("intervene", args=(list(hooks), checkpoint.layers))
 
     def capture(self, checkpoint: Checkpoint, readout: Readout, layers: Sequence[int]) -> None:
@@ -181,8 +188,9 @@ class VllmEngine:
             )
         stops = self._chat.stop_strings
         fitting = [place for place, prompt in enumerate(prompts) if len(prompt) < self.longest]
+        salt = {} if self._salt is None else {"cache_salt": self._salt()}
         outputs = self._llm.generate(
-            [{"prompt_token_ids": list(prompts[place])} for place in fitting],
+            [{"prompt_token_ids": list(prompts[place]), **salt} for place in fitting],
             [
                 SamplingParams(
                     temperature=config.temperature,

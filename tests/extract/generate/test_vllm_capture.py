@@ -133,9 +133,16 @@ def test_a_steered_model_is_what_transformers_steered_gives(tmp_path: Path, fami
         engine.capture(tiny.checkpoint, READOUT, LAYERS)
         found = engine.generate_captured(tiny.prompts, SEEDS, CONFIG)
         replayed = engine.replay({row: (tiny.prompts[row], response) for row, (response, _) in enumerate(found)})
+        # What was a response is part of the prompt in the next turn.
+        prompts = [[*tiny.prompts[row], *response.token_ids, 5] for row, (response, _) in enumerate(found)]
+        second = engine.generate_captured(prompts, SEEDS, CONFIG)
     assert [response for response, _ in found] != before
     for row, (response, pooled) in enumerate(found):
-        assert pooled is not None
         begin[0] = 0 if positions == "all" else len(tiny.prompts[row])
-        assert_read(pooled, truth, tiny.prompts[row], response)
-        assert_read(replayed[row], truth, tiny.prompts[row], response)
+        for read in (pooled, replayed[row]):
+            assert read is not None
+            assert_read(read, truth, tiny.prompts[row], response)
+        response, pooled = second[row]
+        assert pooled is not None
+        begin[0] = 0 if positions == "all" else len(prompts[row])
+        assert_read(pooled, truth, prompts[row], response)
