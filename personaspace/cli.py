@@ -48,6 +48,7 @@ examples:
   personaspace compare runs/base runs/instruct
   personaspace drift runs/conversations --space runs/demo
   personaspace sweep configs/demo.yaml --steer.source runs/demo
+  personaspace chat runs/demo
   personaspace serve runs/demo --percentile 25
   personaspace harness runs/demo --tasks gsm8k --limit 200
   personaspace personas show ghost
@@ -99,7 +100,7 @@ def _dispatch(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
         return run_drift(parsed, flags)
     if parsed.command == "sweep":
         return run_sweep(parsed, flags)
-    if parsed.command == "serve":
+    if parsed.command in ("chat", "serve"):
         return run_live(parsed, flags)
     if parsed.command == "harness":
         return run_harness(parsed, flags)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from personaspace.config import with_steer_flags
-from personaspace.live_cli import model_of
+from personaspace.live import model_of
 from personaspace.steer.config import SteerConfig
 from personaspace.store.errors import InputError
 from personaspace.store.formats.files import refuse_existing, replacing

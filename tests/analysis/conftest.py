@@ -1,36 +1,12 @@
-"""A real browser for the pages."""
+"""Pages in a real browser."""
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 from tests.analysis.browsing import WIDE
-
-CHROMIUM = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Debian's Chromium; skips loudly where there is none."""
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        stop = pytest.fail if os.environ.get("PERSONASPACE_REQUIRE_BROWSER") == "1" else pytest.skip
-        stop("NO BROWSER: nobody looked at the report. Run `apt-get install chromium`.")
-    with sync_playwright() as driver:
-        yield driver.chromium.launch(executable_path=path, args=CHROMIUM)
 
 
 @pytest.fixture
