@@ -52,17 +52,19 @@ class Extractor:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._dtype = machine_dtype(device) if config.dtype == "auto" else config.dtype
         self._config = config
-        self._checkpoint = resolve(self._config)
-        self.chat = ChatFormat(self._checkpoint, self._config)
+        checkpoint = resolve(self._config)
+        self.chat = ChatFormat(checkpoint, self._config)
         self._slice = load_slice(
-            self._checkpoint,
+            checkpoint,
             first=0,
-            stop=self._checkpoint.layers,
+            stop=checkpoint.layers,
             dtype=self._dtype,
             device=device,
             attention=self._config.attention,
             compiled=compiled,
         )
+        self.name, self.layers, self.hidden = checkpoint.name, checkpoint.layers, checkpoint.hidden
+        self._max_positions = checkpoint.max_positions
         self._checked: set[bool] = set()
 
     def extract(
@@ -88,9 +90,9 @@ class Extractor:
         `span_SITE_mean`, ``(span, layer, hidden)``, with coordinates ``span_rollout``, ``turn``, ``part`` and
         ``count``. Raises InputError for settings out of range; what a hook raises passes through.
         """
-        chosen = tuple(sorted(set(range(self._checkpoint.layers) if layers is None else layers)))
-        if not chosen or not 0 <= chosen[0] <= chosen[-1] < self._checkpoint.layers:
-            raise InputError(f"layers: {layers}; give some of the layers 0 to {self._checkpoint.layers - 1}.")
+        chosen = tuple(sorted(set(range(self.layers) if layers is None else layers)))
+        if not chosen or not 0 <= chosen[0] <= chosen[-1] < self.layers:
+            raise InputError(f"layers: {layers}; give some of the layers 0 to {self.layers - 1}.")
         for hook in hooks:
             if not 0 <= hook.layer <= chosen[-1]:
                 raise InputError(f"hooks: layer {hook.layer}; the layers 0 to {chosen[-1]} are run.")
@@ -112,7 +114,7 @@ class Extractor:
         if dropped:
             reasons = ", ".join(f"{count} x {why}" for why, count in Counter(dropped.values()).most_common(5))
             warnings.warn(f"{len(dropped)} of {len(conversations)} conversations dropped: {reasons}", stacklevel=2)
-        shape = (len(conversations), len(chosen), self._checkpoint.hidden)
+        shape = (len(conversations), len(chosen), self.hidden)
         arrays: dict[str, Any] = {}
         for place in readout.places(specs):
             if place.spec.spans:
@@ -140,7 +142,7 @@ class Extractor:
                 "part": ("span", np.array([span.part for _, span in spans], dtype=object)),
                 "count": ("span", np.array([span.stop - span.start for _, span in spans], dtype=np.int32)),
             }
-        return xr.Dataset(arrays, coordinates, {"model": self._checkpoint.name, "dtype": self._dtype})
+        return xr.Dataset(arrays, coordinates, {"model": self.name, "dtype": self._dtype})
 
     def _tokenize(
         self, conversations: Sequence[Sequence[Message] | Conversation]
@@ -155,7 +157,7 @@ class Extractor:
                 dropped[row] = str(error)
                 continue
             text = self.chat.decode(given.response) if isinstance(given, Conversation) else given[-1]["content"]
-            reason = why_dropped(conversation, text, self._checkpoint.max_positions)
+            reason = why_dropped(conversation, text, self._max_positions)
             if reason is None:
                 found[row] = conversation
             else:

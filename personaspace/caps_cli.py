@@ -14,9 +14,9 @@ from personaspace.analysis.caps.ranges import (
     sweep_ranges,
     written,
 )
+from personaspace.status_cli import run_of
 from personaspace.store.errors import InputError
 from personaspace.store.manifest import require_manifest
-from personaspace.watch_cli import run_of
 
 if TYPE_CHECKING:
     from personaspace.store.formats.directions import CappingConfig

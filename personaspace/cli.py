@@ -19,10 +19,11 @@ from personaspace.new_cli import add_new_command, run_new
 from personaspace.personas_cli import add_personas, run_personas
 from personaspace.plan_cli import add_plan_command, run_plan
 from personaspace.quality_cli import add_quality, run_quality
+from personaspace.status_cli import CONFIG_ENDINGS, add_watching, status, timeline
 from personaspace.store.errors import InputError, PersonaspaceError
 from personaspace.store_cli import add_commands, run_store
 from personaspace.sweep_cli import add_sweep, run_sweep
-from personaspace.watch_cli import CONFIG_ENDINGS, add_watching, status, timeline
+from personaspace.watch_cli import add_watch, run_watch
 
 STEPS = {
     "run": "all steps: generate, extract, judge (if the config names one), fit, report",
@@ -47,6 +48,7 @@ examples:
   personaspace caps runs/demo --output capping.pt
   personaspace compare runs/base runs/instruct
   personaspace drift runs/conversations --space runs/demo
+  personaspace watch transcript.json --space runs/demo
   personaspace sweep configs/demo.yaml --steer.source runs/demo
   personaspace chat runs/demo
   personaspace serve runs/demo --percentile 25
@@ -59,7 +61,7 @@ examples:
 Every setting is a flag: `personaspace run --help` lists them. Flags beat the file, the file beats the defaults.
 A command that was interrupted is repeated to resume. Exit codes: 0 done, 1 failed, 2 bad input, 3 run in use,
 4 damaged data, 5 a worker failed, 6 storage or a model's endpoint failed, 7 too many rollouts dropped, 8 the judge's
-budget has ended, 130 interrupted."""
+budget has ended, 9 a watched transcript left the range, 130 interrupted."""
 
 
 READER_LEFT = 128 + 13  # what a shell reports for SIGPIPE
@@ -104,6 +106,8 @@ def _dispatch(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
         return run_live(parsed, flags)
     if parsed.command == "harness":
         return run_harness(parsed, flags)
+    if parsed.command == "watch":
+        return run_watch(parsed, flags)
     if parsed.command == "plan":
         run_plan(parsed, flags)
         return 0
@@ -172,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     add_compare(commands)
     add_drift(commands)
     add_sweep(commands)
+    add_watch(commands)
     add_live(commands)
     add_harness(commands)
     add_commands(commands)

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from personaspace.status_cli import run_of
 from personaspace.store.errors import InputError
 from personaspace.store.formats.files import refuse_existing, replacing
-from personaspace.watch_cli import run_of
 
 EPILOG = """\
 examples:

@@ -12,13 +12,13 @@ import tyro
 from personaspace.cluster.config import ClusterConfig
 from personaspace.config import load_config, stored_config, with_judge_flags
 from personaspace.extract.judging.config import JudgeConfig
+from personaspace.status_cli import CONFIG_ENDINGS
 from personaspace.store.config import StoreConfig
 from personaspace.store.errors import InputError
 from personaspace.store.interruption import orderly_end
 from personaspace.store.location import open_folder, run_folder
 from personaspace.store.manifest import require_manifest
 from personaspace.store.objects import Folder
-from personaspace.watch_cli import CONFIG_ENDINGS
 
 COMMANDS = ("judge", "judge-agreement", "judge-sheet")
 EPILOG = """\

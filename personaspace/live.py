@@ -24,29 +24,23 @@ def open_service(parsed: argparse.Namespace, steer: SteerConfig, token: str | No
     The service's talker is the caller's to close.
     """
     from personaspace.steer.interventions import check_hidden
-    from personaspace.steer.live.gauge import read_gauges
+    from personaspace.steer.live.gauge import read_gauge
     from personaspace.steer.live.server import Service
     from personaspace.steer.live.talker import Talker
     from personaspace.steer.sources import resolve_interventions
-    from personaspace.store.space import open_space
 
     folder = open_folder(parsed.run)
     manifest = require_manifest(folder)
-    gauges = read_gauges(folder)
-    layer = int(open_space(folder).attrs["target_layer"]) if parsed.measured_at is None else parsed.measured_at
-    if layer not in gauges:
-        raise InputError(
-            f"{parsed.command} --measured-at: {layer}; the fit has the layers {min(gauges)} to {max(gauges)}."
-        )
+    gauge = read_gauge(folder, parsed.measured_at, f"{parsed.command} --measured-at")
     interventions = resolve_interventions(steer)
     check_hidden(interventions, manifest.layout.hidden)
     model = model_of(manifest.execution, folder.url, parsed.model)
-    talker = Talker(model, [gauges[layer]], device=parsed.device, at_once=parsed.at_once, waiting=parsed.waiting)
+    talker = Talker(model, [gauge], device=parsed.device, at_once=parsed.at_once, waiting=parsed.waiting)
     return Service(
         talker=talker,
         name=talker.name,
         interventions=interventions,
-        gauge=gauges[layer],
+        gauge=gauge,
         token=token,
         timeout=parsed.timeout,
         max_tokens=parsed.max_tokens,

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from personaspace.analysis.quality.flaws import NAMES
+from personaspace.status_cli import run_of
 from personaspace.store.errors import InputError
-from personaspace.watch_cli import run_of
 
 EPILOG = """\
 examples:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from personaspace.analysis.caps.thresholds import compute_caps
 from personaspace.store.errors import InputError
+from personaspace.store.layout import ranges
 from personaspace.store.location import Location, open_folder
 from personaspace.store.space import open_space
 
@@ -29,6 +30,23 @@ class Gauge:
     def position(self, projection: float) -> float:
         """0 at the mean role, 1 at the mean default response."""
         return (projection - self.role_mean) / (self.default_mean - self.role_mean)
+
+    def check_model(self, name: str, layers: int, hidden: int) -> None:
+        """Raise InputError for a model of another shape."""
+        if len(self.axis_D) != hidden or self.layer >= layers:
+            raise InputError(
+                f"{name} has {layers} layers of {hidden} dimensions; the axis is of layer {self.layer} with "
+                f"{len(self.axis_D)}. Name a run of this model."
+            )
+
+
+def read_gauge(run: Location, layer: int | None, setting: str) -> Gauge:
+    """Of one layer; None: that which the fit suggests. Raises InputError, which names the ``setting``."""
+    gauges = read_gauges(run)
+    chosen = int(open_space(open_folder(run)).attrs["target_layer"]) if layer is None else layer
+    if chosen not in gauges:
+        raise InputError(f"{setting}: {chosen}; the fit has the layers {ranges(sorted(gauges))}.")
+    return gauges[chosen]
 
 
 def read_gauges(run: Location) -> Mapping[int, Gauge]:

@@ -111,11 +111,7 @@ class Talker:
         self._gauges = tuple(gauges)
         self._passed: dict[int, torch.Tensor] = {}
         for gauge in gauges:
-            if len(gauge.axis_D) != checkpoint.hidden or gauge.layer >= checkpoint.layers:
-                raise InputError(
-                    f"{checkpoint.name} has {checkpoint.layers} layers of {checkpoint.hidden} dimensions; the axis is "
-                    f"of layer {gauge.layer} with {len(gauge.axis_D)}. Name a run of this model."
-                )
+            gauge.check_model(checkpoint.name, checkpoint.layers, checkpoint.hidden)
             self._blocks[gauge.layer].register_forward_hook(self._projecting(gauge))
         self._at_once, self._most_waiting = at_once, waiting
         self._changed = threading.Condition()
