@@ -89,7 +89,7 @@ class Form(Generic[Entry]):
     parse: Callable[[dict[str, Any], str, Mapping[str, Any]], list[Entry]]
     """An entry of that list, where it stands, and its document."""
     reference: str
-    """What else may be read: `folder` or `JSONL file` of assistant-axis; empty: nothing."""
+    """What else may be read, such as `an assistant-axis folder`."""
     read_reference: Callable[[Path], list[Entry]]
 
     def load(self, sources: Sequence[str]) -> list[Entry]:
@@ -113,10 +113,9 @@ class Form(Generic[Entry]):
         if self.reads_reference(path):
             return self.read_reference(path)
         if source != BUILTIN and not path.exists():
-            other = f"a folder of YAML files, or an assistant-axis {self.reference}"
             raise InputError(
-                f"{self.setting}: {source} does not exist; give `builtin`, a YAML file, "
-                f"{other if self.reference else 'or a folder of YAML files'}."
+                f"{self.setting}: {source} does not exist; give `builtin`, a YAML file, a folder of YAML files, or "
+                f"{self.reference}."
             )
         listed = [(where, document) for where, document in documents(source) if self.key in document]
         if not listed:
@@ -125,9 +124,9 @@ class Form(Generic[Entry]):
 
     def reads_reference(self, path: Path) -> bool:
         """Whether the path is the reference project's, and none of YAML files."""
-        if self.reference == "JSONL file":
+        if self.reference.endswith("JSONL file"):
             return path.is_file() and path.suffix == ".jsonl"
-        return bool(self.reference) and path.is_dir() and not any(path.glob("*.yaml"))
+        return path.is_dir() and not any(path.glob("*.yaml"))
 
     def _entries(self, where: str, document: Mapping[str, Any]) -> list[Entry]:
         entries = document[self.key]
@@ -273,20 +272,20 @@ _ROLES = Form(
     setting="personas.roles",
     key="roles",
     parse=_parse_role,
-    reference="folder",
+    reference="an assistant-axis folder",
     read_reference=_read_reference_roles,
 )
 _TRAITS = Form(
     setting="personas.traits",
     key="traits",
     parse=_parse_trait,
-    reference="folder",
+    reference="an assistant-axis folder",
     read_reference=_read_reference_traits,
 )
 _QUESTIONS = Form(
     setting="personas.questions",
     key="questions",
     parse=_parse_question,
-    reference="JSONL file",
+    reference="an assistant-axis JSONL file",
     read_reference=_read_reference_questions,
 )

@@ -117,8 +117,9 @@ class PersonasConfig:
     default_samples: Annotated[int, Ge(1)] = 1
     """The same for `default`, whose mean carries the noise of the whole axis: give it more when roles are few."""
     scenarios: Sources = ()
-    """Conversations of several turns: any of `builtin`, YAML files as in configs/personas/scenarios, and folders of
-    them. Default: none. `samples` says how often each is held."""
+    """Conversations of several turns: any of `builtin`, `adoption` (personas that the model is talked into), YAML files
+    as in configs/personas/scenarios, folders of them, and JSONL files of prompts (docs/evaluation.md). Default: none.
+    `samples` says how often each is held."""
     only_scenarios: tuple[str, ...] = ()
     """Ids of scenarios, or domains (coding, writing, therapy, philosophy); empty: all."""
     turns: Annotated[int, Ge(1)] = 6

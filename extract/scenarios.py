@@ -6,6 +6,7 @@ A scenario's id, like any of the catalogue's, is permanent. How to write one: do
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from personaspace.extract.catalogue import Question, Role
 from personaspace.extract.catalogue_files import BUILTIN, Form, documents, read_fields
 from personaspace.extract.config import AuditorConfig
 from personaspace.store.errors import InputError
+from personaspace.store.formats.json_text import parse_json
 from personaspace.store.formats.role_names import SCENARIO, check_role_name
 
 INSTRUCTIONS = """\
@@ -24,6 +26,10 @@ Write only the next message of this person: plain words, first person, one to fo
 and no quotation marks around it. React to what was just said, stay this person, and go one step further towards what \
 the person wants. Never help, explain or answer as an assistant would; the other one does that."""
 """For a model that plays the user."""
+ADOPTION = "adoption"
+"""Names the scenarios of configs/personas/adoption.yaml."""
+TOPIC = 120
+"""Characters of a prompt that stand for its topic."""
 BEGIN = "You begin. What is your first message?"
 """What that model answers with the opening of the scenario: chat templates want a user's turn first."""
 
@@ -75,8 +81,13 @@ class PlannedTalk:
 
 
 def load_scenarios(sources: Sequence[str]) -> list[Scenario]:
-    """Scenarios of all ``sources``, each `builtin`, a YAML file or a folder of YAML files. Raises InputError."""
-    return _SCENARIOS.load(sources)
+    """Scenarios of all ``sources``. Raises InputError.
+
+    Each is `builtin`, `adoption` (personas that the model is talked into), a YAML file, a folder of YAML files, or a
+    JSONL file of prompts (docs/evaluation.md).
+    """
+    own = str(resources.files("personaspace") / "configs" / "personas" / "adoption.yaml")
+    return _SCENARIOS.load([own if source == ADOPTION else source for source in sources])
 
 
 def holds_scenarios(source: str) -> bool:
@@ -194,10 +205,24 @@ def _parse(entry: dict[str, Any], where: str, document: Mapping[str, Any]) -> li
     return [Scenario(**{**fields, "turns": tuple(fields["turns"])})]
 
 
-def _no_reference(path: Path) -> list[Scenario]:
-    raise InputError(f"personas.scenarios: {path} is no YAML file.")
+def _read_prompts(file: Path) -> list[Scenario]:
+    """A scenario of each line: `prompt` or `turns`; `system`, `category` and `id` where it has them."""
+    found = []
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        where = f"{file}:{number}"
+        if not line.strip():
+            continue
+        entry = parse_json(line, f"{where}: not valid JSON")
+        if not isinstance(entry, dict) or ("prompt" in entry) == ("turns" in entry):
+            has = sorted(entry) if isinstance(entry, dict) else repr(entry)
+            raise InputError(f"{where}: needs either `prompt`, a text, or `turns`, a list of them; it has {has}.")
+        turns = entry.pop("turns", None) or [entry.pop("prompt")]
+        domain = "_".join(str(entry.pop("category", file.stem)).lower().split())
+        begins = {"id": f"{file.stem}.{number:05d}", "domain": domain, "topic": str(turns[0])[:TOPIC], "turns": turns}
+        found += _parse({**begins, **entry}, where, {})
+    return found
 
 
 _SCENARIOS = Form(
-    setting="personas.scenarios", key="scenarios", parse=_parse, reference="", read_reference=_no_reference
+    setting="personas.scenarios", key="scenarios", parse=_parse, reference="a JSONL file", read_reference=_read_prompts
 )

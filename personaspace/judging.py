@@ -29,7 +29,7 @@ from personaspace.store.objects import Folder
 from personaspace.store.patience import PatientFolder
 from personaspace.store.provenance import session_entry
 from personaspace.store.records import committed_slots
-from personaspace.store.scores import SCORES, check_judge, read_judgements
+from personaspace.store.scores import LABELLER, SCORES, check_judge, read_judgements
 
 DECIDES = ("model", "instructions_hash", "temperature", "extra_body")
 """What of a judge decides its scores."""
@@ -118,9 +118,11 @@ def describe_judge(config: JudgeConfig, instructions: Instructions) -> dict[str,
     if config.model is None:
         raise InputError("judge.model: is not set. Give the name of the judge's model, as its endpoint knows it.")
     endpoint = endpoint_url(config) if config.engine == "endpoint" else "local"
+    labels = {"labels": list(instructions.labels)} if instructions.labels else {}
     return {
         "model": config.model,
         "endpoint": endpoint,
+        **labels,
         "instructions": config.instructions,
         "instructions_version": instructions.version,
         "instructions_hash": instructions.hash,
@@ -131,12 +133,16 @@ def describe_judge(config: JudgeConfig, instructions: Instructions) -> dict[str,
 
 
 def judge_name(config: JudgeConfig, about: Mapping[str, Any]) -> str:
-    """The name given, or the model's with eight digits of a hash over what decides the scores."""
+    """The name given, or the model's with eight digits of a hash over what decides the scores.
+
+    That of a judge of categories ends with `LABELLER`.
+    """
+    ending = LABELLER if "labels" in about else ""
     if config.name is not None:
-        return check_judge(config.name)
+        return check_judge(config.name.removesuffix(LABELLER) + ending)
     decides = json.dumps({key: about[key] for key in DECIDES}, sort_keys=True)
     model = re.sub(r"[^A-Za-z0-9._-]+", "-", str(about["model"]).rsplit("/", 1)[-1]).strip("-.")
-    return check_judge(f"{model or 'judge'}-{hashlib.sha256(decides.encode()).hexdigest()[:8]}")
+    return check_judge(f"{model or 'judge'}-{hashlib.sha256(decides.encode()).hexdigest()[:8]}{ending}")
 
 
 def check_same_judge(folder: Folder, name: str, about: Mapping[str, Any]) -> None:
@@ -164,9 +170,9 @@ def _plan(folder: Folder, manifest: Manifest, config: JudgeConfig, say: Callable
     check_same_judge(folder, name, about)
     roles = stored_roles(manifest)
     bare = [role.id for role in roles if not role.description and not role.judge and role.id != DEFAULT_ROLE]
-    if bare:
+    if bare and not instructions.labels:
         say(f"judge: no description of {', '.join(bare[:5])}; for {len(bare)} roles the judge goes by the name alone")
-    assignment = assign(folder, manifest, config)
+    assignment = assign(folder, manifest, config, everyone=bool(instructions.labels))
     if assignment.waiting:
         say(f"judge: {assignment.waiting} rollouts are not generated yet; the same command judges them later")
     return _Plan(

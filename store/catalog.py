@@ -15,7 +15,7 @@ from personaspace.store.manifest import MANIFEST, MANIFEST_COPY, Manifest, catal
 from personaspace.store.objects import Folder
 from personaspace.store.records import ROLLOUTS, newest_generations
 from personaspace.store.schema import STATUS
-from personaspace.store.scores import judges
+from personaspace.store.scores import all_judges
 from personaspace.store.space import LATEST
 
 State = Literal["planned", "partial", "complete", "writing", "frozen", "damaged"]
@@ -118,7 +118,7 @@ def summarize(folder: Folder) -> RunSummary:
         layers=tuple(manifest.arrays[0].complete_layers(layout, committed, range(layout.units))),
         bytes=sum(entries.values()),
         objects=len(entries),
-        judges=tuple(judges(committed)),
+        judges=tuple(all_judges(committed)),
         content_hash=str(manifest.frozen["content_hash"]) if manifest.frozen else None,
         fitted=LATEST in entries,
         reported=REPORT in entries,

@@ -19,7 +19,7 @@ from personaspace.store.objects import Folder
 from personaspace.store.plan import read_plan_table
 from personaspace.store.records import COORDINATES_RECORD, Slot, committed_slots
 from personaspace.store.schema import PARTS, SPAN_COORDINATES, SPANS, STATUS, ArraySpec
-from personaspace.store.scores import judges, read_scores
+from personaspace.store.scores import all_judges, read_scores
 from personaspace.store.shards import NOT_COMMITTED, CommittedShards, SelectedShards
 
 SHARDS = "shards"
@@ -194,7 +194,7 @@ def _attributes(folder: Folder, manifest: Manifest, committed: dict[Slot, int], 
         "identity_hash": manifest.identity_hash,
         "rollouts": f"{layout.rows} planned: {counts['ok']} ok, {counts['dropped']} dropped, {pending} pending",
         "precision": f"{manifest.identity['store']['precision']} mantissa bits",
-        "scores": ", ".join(judges(committed)) or "none",
+        "scores": ", ".join(all_judges(committed)) or "none",
         "frozen": manifest.frozen["content_hash"] if manifest.frozen else "no",
     }
     for spec in manifest.arrays:

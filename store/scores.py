@@ -35,6 +35,9 @@ from personaspace.store.records import (
 )
 
 SCORES = "scores"
+LABELLER = ".labels"
+"""Ends the name of a judge whose numbers are places in a list of categories (`labels` of what is known of it), and
+never taken for how far a role is played."""
 SCHEMA = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
@@ -158,7 +161,12 @@ def is_scores(slot: Slot) -> bool:
 
 
 def judges(committed: Mapping[Slot, int]) -> list[str]:
-    """Names of the judge versions that have scored something."""
+    """Names of the judge versions that have said how far something plays its role; not those of categories."""
+    return [name for name in all_judges(committed) if not name.endswith(LABELLER)]
+
+
+def all_judges(committed: Mapping[Slot, int]) -> list[str]:
+    """Names of the judge versions that have scored something, those of categories among them."""
     return sorted({slot[0].removeprefix(f"{SCORES}.") for slot in committed if is_scores(slot)})
 
 
@@ -173,8 +181,9 @@ def read_scores(
     if judge is None and len(known) != 1:
         return None
     name = known[0] if judge is None else judge
-    if name not in known:
-        raise InputError(f"{folder.url}: no scores of {name!r}. Judges with scores: {', '.join(known) or 'none'}.")
+    if name not in all_judges(committed):
+        there = ", ".join(all_judges(committed))
+        raise InputError(f"{folder.url}: no scores of {name!r}. Judges with scores: {there or 'none'}.")
     wanted = {slot: number for slot, number in committed.items() if slot[0] == f"{SCORES}.{name}"}
     scores = np.full(layout.padded_rows, np.nan, dtype=np.float32)
     for record in read_slots(folder, wanted).values():

@@ -38,3 +38,11 @@ def test_conversations() -> None:
     plan = plan_personas(config.personas, model_name="x", generation="g")
     assert len(plan.rows) == len(config.personas.only_scenarios) == 16
     assert {row.turns for row in plan.rows} == {8}
+
+
+def test_adoption() -> None:
+    """What it asks for can be planned; tests/cluster/test_sweep.py carries out such a sweep."""
+    config = load_config(EXAMPLES / "adoption.yaml")
+    plan = plan_personas(config.personas, model_name="x", generation="g")
+    assert {row.turns for row in plan.rows} == {3}
+    assert len(plan.rows) == 20

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from personaspace.analysis.config import AnalysisConfig
+from personaspace.analysis.fit import chosen_judge
 from personaspace.cli import main
+from personaspace.store.errors import InputError
 from personaspace.store.scores import read_judgements
 from tests.extract.judging.chat_server import MODEL, ChatServer
 from tests.extract.judging.runs import KEY, make_run
@@ -44,6 +47,25 @@ def test_judging_comparing_and_checking(tmp_path: Path, capsys: pytest.CaptureFi
     assert len(sheet.read_text().splitlines()) == 6
     assert main(["judge-sheet", str(run), str(sheet), "--judge", "human", "--read"]) == 2
     assert "no line has a human_score; fill in 0, 1, 2 or 3." in capsys.readouterr().err
+
+
+def test_a_judge_of_categories_reads_everybody_and_filters_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    folder = make_run(run)
+    with ChatServer() as server:
+        assert judge(run, server, "--name", "one", "--instructions", "harm") == 0
+        assert "24 rollouts by one.labels" in capsys.readouterr().out
+        assert judge(run, server, "--instructions", "speaker") == 0
+        assert judge(run, server, "--name", "one.labels", "--instructions", "speaker") == 2
+        assert "'one.labels' is the name of another judge" in capsys.readouterr().err
+    judgements = read_judgements(folder, "one.labels").values()
+    assert sum(len(unit.scores) for unit in judgements) == 24
+    assert {tuple(unit.about["labels"]) for unit in judgements} == {("refused", "redirected", "harmless", "harmful")}
+    assert chosen_judge(folder, AnalysisConfig()) is None
+    with pytest.raises(InputError, match=r"'one\.labels' has scored nothing"):
+        chosen_judge(folder, AnalysisConfig(scores="one.labels"))
 
 
 def test_more_rollouts_are_added_to_what_a_judge_has_scored(tmp_path: Path) -> None:

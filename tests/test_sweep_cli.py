@@ -8,7 +8,7 @@ import yaml
 
 from personaspace.cli import main
 from personaspace.config import RunConfig, load_config
-from personaspace.sweep_cli import IDENTITY, dose_configs
+from personaspace.sweep_cli import IDENTITY, cap_configs, dose_configs
 
 
 def config(folder: Path, **sections: Any) -> RunConfig:
@@ -19,7 +19,7 @@ def config(folder: Path, **sections: Any) -> RunConfig:
 
 def test_a_run_for_each_dose(tmp_path: Path) -> None:
     configs = dose_configs(config(tmp_path, steer={"source": "runs/demo"}), [1.0, -0.5, 0.0])
-    assert list(configs) == [-0.5, 0.0, 1.0]
+    assert list(configs) == ["dose -0.5", "dose 0", "dose 1"]
     assert [one.store.run for one in configs.values()] == ["demo.dose-0.5", "demo.dose0", "demo.dose1"]
     assert {(one.steer.method, one.steer.coefficient) for one in configs.values()} == {
         ("add", -0.5),
@@ -27,13 +27,25 @@ def test_a_run_for_each_dose(tmp_path: Path) -> None:
         ("add", 1.0),
     }
     assert all(one.personas.questions[0].endswith(IDENTITY) for one in configs.values())
-    assert Path(configs[0.0].personas.questions[0]).is_file()
+    assert Path(configs["dose 0"].personas.questions[0]).is_file()
 
 
 def test_questions_of_ones_own_are_kept(tmp_path: Path) -> None:
     chosen = config(tmp_path, steer={"source": "runs/demo"}, personas={"questions": "mine.yaml", "max_questions": 3})
     [one] = dose_configs(chosen, [1.0]).values()
     assert (one.personas.questions, one.personas.max_questions) == (("mine.yaml",), 3)
+
+
+def test_a_run_as_it_is_and_one_for_each_cap(tmp_path: Path) -> None:
+    talks = {"roles": [], "scenarios": "adoption", "turns": 3}
+    chosen = config(tmp_path, steer={"source": "runs/demo", "layers": "3-4"}, personas=talks)
+    configs = cap_configs(chosen, [25.0, 50.0])
+    assert list(configs) == ["as it is", "cap p50", "cap p25"]
+    assert [one.store.run for one in configs.values()] == ["demo.plain", "demo.cap50", "demo.cap25"]
+    assert [one.steer.percentile for one in configs.values()] == [None, 50.0, 25.0]
+    assert [one.steer.source for one in configs.values()] == [None, "runs/demo", "runs/demo"]
+    assert {one.extract.reductions for one in configs.values()} == {("mean", "turns")}
+    assert {one.judge.instructions for one in configs.values()} == {"speaker"}
 
 
 @pytest.mark.parametrize(
@@ -43,6 +55,11 @@ def test_questions_of_ones_own_are_kept(tmp_path: Path) -> None:
         ({"source": "runs/demo", "method": "ablate"}, [], "Leave steer.method, coefficient"),
         ({"source": "runs/demo", "percentile": 25.0}, [], "Leave steer.method, coefficient"),
         ({"source": "runs/demo"}, ["--doses", "1", "1.0"], "sweep --doses: one is given twice"),
+        ({"source": "runs/demo"}, ["--doses", "1", "--caps", "2"], "not allowed with argument"),
+        ({"source": "runs/demo"}, ["--caps", "25", "25.0"], "sweep --caps: takes different percentiles"),
+        ({"source": "runs/demo"}, ["--caps", "100"], "sweep --caps: takes different percentiles"),
+        ({"source": "runs/demo", "percentile": 25.0}, ["--caps", "50"], "Leave steer.method, coefficient"),
+        ({"source": "runs/demo"}, ["--judge.model", "m", "--judge.instructions", "no.yaml"], "no.yaml: cannot be read"),
         ({"source": "runs/demo"}, ["--steer.sauce", "x"], "steer.sauce"),
     ],
 )

@@ -138,7 +138,7 @@ def movements(drift: xr.Dataset, layer: int, by: str = "domain") -> list[Movemen
                 name=name,
                 conversations=len(drift_C),
                 drift=float(drift_C.mean()),
-                drift_interval=_mean_interval(drift_C),
+                drift_interval=mean_interval(drift_C),
                 first_below=float(starts_below_C[chosen_C].mean()),
                 later_below=float((below_C - starts_below_C)[chosen_C].sum() / later),
                 left=int(((below_C > 0) & ~starts_below_C)[chosen_C].sum()),
@@ -244,7 +244,8 @@ def _theil_sen(y_CTL: Floats, turn_T: NDArray[np.intp]) -> tuple[Floats, Floats]
     return slope_CL, np.stack([sorted_CPL[:, low], sorted_CPL[:, high]], axis=-1)
 
 
-def _mean_interval(x_C: Floats) -> tuple[float, float]:
+def mean_interval(x_C: Floats) -> tuple[float, float]:
+    """Student's 95% interval of the mean; NaN for fewer than two."""
     if len(x_C) < 2:
         return float("nan"), float("nan")
     reach = float(stats.t.ppf(0.975, len(x_C) - 1) * x_C.std(ddof=1) / np.sqrt(len(x_C)))

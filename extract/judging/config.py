@@ -26,9 +26,11 @@ class JudgeConfig:
     name: str | None = None
     """Name of this judge's scores. Default: the model and eight digits of a hash over all that decides its scores."""
     instructions: str = "builtin"
-    """`builtin`, or a YAML file like configs/personas/judge.yaml."""
+    """`builtin` (how far a role is played), `speaker` (who is speaking), `harm` (what became of a request), or a YAML
+    file like configs/personas/judge.yaml."""
     roles: tuple[str, ...] = ()
-    """Ids of the roles to judge; empty: all of them. `default` and conversations never are."""
+    """Ids of the roles to judge; empty: all of them. `default` and conversations are judged by categories only
+    (`speaker`, `harm`)."""
     sample: Annotated[int, Ge(1)] | None = None
     """Judge only so many rollouts, spread evenly over the roles. Default: all."""
     temperature: Annotated[float, Ge(0), Le(2)] | None = 0.0

@@ -14,9 +14,12 @@ import yaml
 from personaspace.extract.catalogue import Role
 from personaspace.store.errors import InputError
 
-BUILTIN = "builtin"
+BUILTIN = {"builtin": "judge.yaml", "speaker": "judge-speaker.yaml", "harm": "judge-harm.yaml"}
+"""Instructions that ship, by name."""
 TEXTS = ("system", "role", "trait", "form", "reminder")
-"""Keys of an instructions file, beside `version`."""
+"""Keys of an instructions file, beside `version`. With `labels` there is no `trait`."""
+LABELS = 4
+"""That a file names, where its numbers are categories."""
 _NEEDED = {"role": ("{question}", "{answer}"), "trait": ("{description}", "{question}", "{answer}")}
 _PLACEHOLDER = re.compile(r"\{(role|description|question|answer)\}")
 _HUNDRED = re.compile(r"\b0\b[^\n]{0,80}?\b100\b")
@@ -56,11 +59,14 @@ class Instructions:
     trait: str
     form: str
     reminder: str
+    labels: tuple[str, ...] = ()
+    """What the numbers 0 to 3 stand for, where they are categories and not how far a role is played."""
 
     @property
     def hash(self) -> str:
         """16 hex digits over all texts."""
-        texts = json.dumps({name: getattr(self, name) for name in TEXTS}, sort_keys=True)
+        named: dict[str, Any] = {name: getattr(self, name) for name in TEXTS}
+        texts = json.dumps(named | {"labels": self.labels} if self.labels else named, sort_keys=True)
         return hashlib.sha256(texts.encode()).hexdigest()[:16]
 
     def prompt(self, role: Role, messages: Sequence[Mapping[str, str]], answer: str) -> Prompt:
@@ -75,11 +81,12 @@ class Instructions:
             "question": conversation_text(messages),
             "answer": answer,
         }
-        if role.judge:
+        if role.judge and not self.labels:
             top = 100 if _HUNDRED.search(role.judge) else 3
             scale = Scale(top=top, reverse=role.pole == "negative")
             return Prompt(messages=({"role": "user", "content": _fill(role.judge, values)},), scale=scale)
-        text = f"{_fill(self.trait if role.pole else self.role, values).rstrip()}\n\n{self.form}".strip()
+        template = self.trait if role.pole and not self.labels else self.role
+        text = f"{_fill(template, values).rstrip()}\n\n{self.form}".strip()
         system = ({"role": "system", "content": self.system},) if self.system else ()
         return Prompt(messages=(*system, {"role": "user", "content": text}), scale=Scale())
 
@@ -91,9 +98,9 @@ class Instructions:
 
 
 def load_instructions(source: str) -> Instructions:
-    """The built-in instructions, or those in a YAML file. Raises InputError naming what is missing."""
-    if source == BUILTIN:
-        file: Any = resources.files("personaspace") / "configs" / "personas" / "judge.yaml"
+    """Instructions that ship, or those in a YAML file. Raises InputError naming what is missing."""
+    if source in BUILTIN:
+        file: Any = resources.files("personaspace") / "configs" / "personas" / BUILTIN[source]
     else:
         file = Path(source).expanduser()
     try:
@@ -101,18 +108,34 @@ def load_instructions(source: str) -> Instructions:
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"judge.instructions: {source}: cannot be read as YAML: {error}") from error
     wanted = {"version", *TEXTS}
+    if isinstance(document, dict) and "labels" in document:
+        wanted = (wanted | {"labels"}) - {"trait"}
     if not isinstance(document, dict) or document.keys() != wanted:
         found = sorted(map(str, document)) if isinstance(document, dict) else document
         raise InputError(f"judge.instructions: {source}: has {found}; it needs {sorted(wanted)}.")
+    labels = document.pop("labels", [])
+    if labels:
+        document["trait"] = ""
+    if not _are_labels(labels):
+        raise InputError(
+            f"judge.instructions: {source}: labels is {labels!r}; give {LABELS} different names, of the numbers 0 to 3."
+        )
     for name in TEXTS:
         if not isinstance(document[name], str):
             raise InputError(f"judge.instructions: {source}: {name} is {document[name]!r}; expected a text.")
-        missing = [placeholder for placeholder in _NEEDED.get(name, ()) if placeholder not in document[name]]
+        needed = () if labels and name == "trait" else _NEEDED.get(name, ())
+        missing = [placeholder for placeholder in needed if placeholder not in document[name]]
         if missing:
             raise InputError(f"judge.instructions: {source}: {name} lacks {' and '.join(missing)}.")
     if not isinstance(document["version"], int):
         raise InputError(f"judge.instructions: {source}: version is {document['version']!r}; expected a whole number.")
-    return Instructions(**document)
+    return Instructions(**document, labels=tuple(labels))
+
+
+def _are_labels(labels: Any) -> bool:
+    if not isinstance(labels, list) or not all(isinstance(label, str) and label for label in labels):
+        return False
+    return len(set(labels)) == len(labels) and len(labels) in (0, LABELS)
 
 
 def conversation_text(messages: Sequence[Mapping[str, str]]) -> str:

@@ -61,14 +61,15 @@ def stored_roles(manifest: Manifest) -> list[Role]:
     ]
 
 
-def assign(folder: Folder, manifest: Manifest, config: JudgeConfig) -> Assignment:
-    """The rollouts that a config wants judged and that are there and usable; `default` and conversations never are.
+def assign(folder: Folder, manifest: Manifest, config: JudgeConfig, *, everyone: bool = False) -> Assignment:
+    """The rollouts that a config wants judged and that are there and usable.
 
-    Raises InputError for roles that the run does not have.
+    Only with ``everyone`` (for judges of categories) those of `default` and conversations, which play no role. Raises
+    InputError for roles that the run does not have.
     """
     table = manifest.tables["roles"]
     names = [role["id"] for role in table]
-    played = [role["id"] for role in table if role["id"] != DEFAULT_ROLE and role.get("kind") != SCENARIO]
+    played = [role["id"] for role in table if everyone or (role["id"] != DEFAULT_ROLE and role.get("kind") != SCENARIO)]
     unknown = [role for role in config.roles if role not in played]
     if unknown:
         raise InputError(f"judge.roles: the run has no role {unknown[0]!r}. It has {', '.join(map(str, played[:20]))}.")

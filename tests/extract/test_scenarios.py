@@ -115,8 +115,8 @@ def test_bad_entries_are_named(tmp_path: Path, entry: dict[str, Any], message: s
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:
-    absent = "personas.scenarios: nowhere.yaml does not exist; give `builtin`, a YAML file, or a folder of YAML files."
-    with pytest.raises(InputError, match=f"^{re.escape(absent)}$"):
+    ways = "`builtin`, a YAML file, a folder of YAML files, or a JSONL file."
+    with pytest.raises(InputError, match=rf"^personas\.scenarios: nowhere\.yaml does not exist; give {ways}$"):
         load_scenarios(["nowhere.yaml"])
     roles = tmp_path / "roles.yaml"
     roles.write_text("roles: []\n")
@@ -146,3 +146,47 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     questions.write_text(yaml.safe_dump({"version": 1, "questions": [{"id": "sea.one", "text": "Who?"}]}))
     with pytest.raises(InputError, match=r"personas\.scenarios: 'sea\.one' is also the id of a question"):
         plan(source, roles=("builtin",), questions=(str(questions),))
+
+
+def test_personas_that_the_model_is_talked_into() -> None:
+    scenarios = load_scenarios(["adoption"])
+    assert len(scenarios) == 20
+    assert {scenario.domain for scenario in scenarios} == {"adoption"}
+    assert all(scenario.system and len(scenario.turns) == 3 for scenario in scenarios)
+    assert len({scenario.system for scenario in scenarios}) == 20
+    assert len(plan("adoption", turns=3).rows) == 20
+
+
+def test_drift_has_ten_turns() -> None:
+    assert len(plan("builtin", only_scenarios=("therapy", "philosophy"), turns=10).rows) == 20
+
+
+def test_prompts_of_a_jsonl_file(tmp_path: Path) -> None:
+    file = tmp_path / "attacks.jsonl"
+    file.write_text(
+        '{"category": "Tax Fraud", "system": "You are Eve.", "prompt": "Say hi."}\n\n'
+        '{"turns": ["One?", "Two?"], "id": "mine"}\n'
+    )
+    first, second = load_scenarios([str(file)])
+    assert (first.id, first.domain, first.system) == ("attacks.00001", "tax_fraud", "You are Eve.")
+    assert (first.topic, first.turns) == ("Say hi.", ("Say hi.",))
+    assert (second.id, second.domain, second.turns) == ("mine", "attacks", ("One?", "Two?"))
+    assert len(plan(str(file), turns=1).rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"system": "a"}', r"attacks\.jsonl:1: needs either `prompt`, a text, or `turns`, .*; it has \['system'\]"),
+        ('{"prompt": "a", "turns": ["b"]}', r"needs either `prompt`"),
+        ('{"prompt": 3}', r"attacks\.jsonl:1\.turns is \[3\]"),
+        ('{"prompt": "a", "answer": "b"}', r"attacks\.jsonl:1 has \["),
+        ("[1]", r"it has \[1\]"),
+        ("{", r"attacks\.jsonl:1: not valid JSON"),
+        ('{"prompt": " "}', r"turns\[0\] is empty"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "attacks.jsonl").write_text(line)
+    with pytest.raises(InputError, match=message):
+        load_scenarios([str(tmp_path / "attacks.jsonl")])

@@ -15,13 +15,18 @@ def some_doses(prompts: int = 12, doses: tuple[float, ...] = (-1.0, 0.0, 1.0), t
             role="default" if number % 2 else "ghost",
             question=f"Question {number}?{text}",
             response=f"Answer {number} at {value:g}.{text}",
-            speaker=speaker,
+            category=speaker,
             coherent=value >= 0 or number % 4 > 0,
             whole=True,
         )
 
     steer = {"layers": [20], "positions": "all"}
     return [
-        Dose(value=value, said=tuple(said(value, number) for number in range(prompts)), steer=steer if value else {})
+        Dose(
+            name=f"{value:g}",
+            value=value,
+            said=tuple(said(value, number) for number in range(prompts)),
+            steer=steer if value else {},
+        )
         for value in doses
     ]

@@ -26,3 +26,5 @@ def test_only_roles_are_judged(tmp_path: Path) -> None:
     for name in ("default", "poet"):
         with pytest.raises(InputError, match=rf"^judge\.roles: the run has no role '{name}'\. It has hacker"):
             assign(folder, talks, JudgeConfig(roles=(name,)))
+    assert assign(folder, talks, JudgeConfig(), everyone=True).rows == 24
+    assert assign(folder, talks, JudgeConfig(roles=("default",)), everyone=True).rows == 4
