@@ -193,6 +193,7 @@ def _space(config: RunConfig) -> Folder | None:
 def _show(doses: Sequence[Any]) -> None:
     """The shares, how conversations moved, and some responses of the first and the last run."""
     console = Console(highlight=False, soft_wrap=True)
+    console = console if console.is_terminal else Console(width=200, highlight=False, soft_wrap=True)
     table = Table("", "responses", *doses[0].categories, "holds together", "words", box=None, pad_edge=False)
     for dose in doses:
         shares = [_percent(share) for share in dose.shares().values()]

@@ -51,20 +51,21 @@ def test_conversations_capped_and_not(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     tiny_checkpoint(tmp_path / "model")
+    runs = str(tmp_path / "runs")
     common = {
         "model": {"id": str(tmp_path / "model"), "dtype": "float32"},
         "generate": {"max_new_tokens": 8},
         "cluster": {"device": "cpu"},
     }
     roles = {"only": ["ghost", "poet", "wind"], "prompts": 1, "max_questions": 6, "default_samples": 4}
-    fitted = {**common, "personas": roles, "store": {"root": "runs", "run": "fitted"}}
+    fitted = {**common, "personas": roles, "store": {"root": runs, "run": "fitted"}}
     (tmp_path / "fitted.yaml").write_text(yaml.safe_dump(fitted))
     assert main(["run", "fitted.yaml"]) == 0
     talks = {"roles": [], "scenarios": "adoption", "turns": 2}
-    sweep = {**common, "personas": talks, "store": {"root": "runs", "run": "talks"}}
+    sweep = {**common, "personas": talks, "store": {"root": runs, "run": "talks"}}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     with ChatServer() as server:
-        command = ["sweep", "sweep.yaml", "--steer.source", "runs/fitted", "--caps", "10", "--tables", "tables"]
+        command = ["sweep", "sweep.yaml", "--steer.source", f"{runs}/fitted", "--caps", "10", "--tables", "tables"]
         judge = ["--judge.model", MODEL, "--judge.base_url", server.url, "--judge.instructions", "harm"]
         assert main([*command, *judge]) == 0
     out = capfd.readouterr().out
@@ -74,7 +75,7 @@ def test_conversations_capped_and_not(
     assert table["dose"].to_pylist() == ["as it is"] * 20 + ["cap p10"] * 20
     assert set(table["category"].to_pylist()) <= {"refused", "redirected", "harmless", "harmful"}
     plain, capped = (
-        drift_of(run, "runs/fitted")["position"].values for run in ("runs/talks.plain", "runs/talks.cap10")
+        drift_of(f"{runs}/talks.{name}", f"{runs}/fitted")["position"].values for name in ("plain", "cap10")
     )
     assert plain.shape == capped.shape
     assert not np.array_equal(plain, capped)

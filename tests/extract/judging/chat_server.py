@@ -5,6 +5,7 @@ import json
 import re
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -110,7 +111,8 @@ class ChatServer:
     async def _misbehave(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         text = next(message["content"] for message in body["messages"] if message["role"] == "user")
-        row = int(re.findall(r"Answer (\d+)", text)[-1])
+        numbers = re.findall(r"Answer (\d+)", text)
+        row = int(numbers[-1]) if numbers else zlib.crc32(text.encode())  # Of a run whose responses a model gave.
         key = request.headers["Authorization"].removeprefix("Bearer ")
         behaviour = self.behaviour(row, self.rows_asked[row])
         self.requests.append(Request(row=row, behaviour=behaviour, arrived=time.monotonic(), key=key))
