@@ -36,7 +36,7 @@ def render_doses(doses: Sequence[Dose], *, title: str, unit: str, judge: str | N
     xaxis = {
         "title": {"text": unit},
         "tickvals": [dose.value for dose in doses],
-        "ticktext": [dose.name for dose in doses],
+        "ticktext": [dose.name.removeprefix("dose ") for dose in doses],
     }
     figures = {"shares": _shares(doses, xaxis), "coherence": _coherence(doses, xaxis)}
     turns = {dose.name: dose.turns for dose in doses if dose.turns is not None}
