@@ -22,8 +22,6 @@ examples:
   personaspace compare runs/llama runs/qwen s3://bucket/runs/gemma --tables comparison --json comparison.json
 
 Each RUN needs a fit (`personaspace fit RUN`). What the numbers mean: docs/compare.md."""
-HEAD_BYTES = 4096
-"""Of a page, within which it says that it is a comparison."""
 
 
 def add_compare(commands: Any) -> None:
@@ -57,11 +55,11 @@ def run_compare(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
         raise InputError("compare: one run; give at least two, such as runs/base runs/instruct.")
     # The libraries of the analysis load here, so that --help and bad input answer at once.
     from personaspace.analysis.compare.comparison import compare
-    from personaspace.analysis.compare.report import Beside, Source, render_comparison
+    from personaspace.analysis.compare.report import MARK, Beside, Source, render_comparison
     from personaspace.analysis.compare.runs import basis, differences, open_runs, provenance, samples
     from personaspace.analysis.compare.tables import document, write_tables
 
-    refuse_existing(parsed.output, overwrite=parsed.overwrite or _is_comparison(parsed.output))
+    refuse_existing(parsed.output, overwrite=parsed.overwrite, mark=MARK)
     if parsed.json is not None:
         refuse_existing(parsed.json, overwrite=parsed.overwrite)
     runs = open_runs([run_of(target) for target in parsed.targets])
@@ -96,16 +94,6 @@ def run_compare(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
         file.write_text(render_comparison(sources, beside), encoding="utf-8")
     print(f"comparison: {parsed.output}")
     return 0
-
-
-def _is_comparison(file: Path) -> bool:
-    """Whether the file is a page that this command wrote."""
-    from personaspace.analysis.compare.report import MARK
-
-    if not file.is_file():
-        return False
-    with file.open("rb") as stream:
-        return MARK.encode() in stream.read(HEAD_BYTES)
 
 
 def _print(item: Any) -> None:

@@ -25,8 +25,6 @@ examples:
 RUN holds conversations (personas.scenarios, or transcripts by generate.responses), extracted with the reduction
 `turns`. The space is that of RUN itself, or of another run of the same model. What the numbers mean: docs/drift.md."""
 PAGE = Path("drift.html")
-HEAD_BYTES = 4096
-"""Of a page, within which it says what it is."""
 LARGEST = 10
 """Conversations listed on the terminal."""
 
@@ -55,13 +53,13 @@ def run_drift(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
     if flags:
         raise InputError(f"drift: unknown argument {flags[0]}. See `personaspace drift --help`.")
     # The libraries of the analysis load here, so that --help and bad input answer at once.
-    from personaspace.analysis.drift.report import choose, render_drift
+    from personaspace.analysis.drift.report import MARKER, choose, render_drift
     from personaspace.analysis.drift.run import drift_of, read_talks
     from personaspace.analysis.drift.tables import document, write_tables
 
     page = parsed.output or (None if parsed.json else PAGE)
     if page is not None:
-        refuse_existing(page, overwrite=parsed.overwrite or _is_page(page))
+        refuse_existing(page, overwrite=parsed.overwrite, mark=MARKER)
     folder = run_of(parsed.target)
     fitted = None if parsed.space is None else run_of(parsed.space)
     with Console(stderr=True, highlight=False).status("drift"):
@@ -83,16 +81,6 @@ def run_drift(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
         _print(drift)
         print("\n".join(written))
     return 0
-
-
-def _is_page(file: Path) -> bool:
-    """Whether the file is a page that this command wrote."""
-    from personaspace.analysis.drift.report import MARKER
-
-    if not file.is_file():
-        return False
-    with file.open("rb") as stream:
-        return MARKER.encode() in stream.read(HEAD_BYTES)
 
 
 def _print(drift: Any) -> None:

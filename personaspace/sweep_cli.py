@@ -44,8 +44,6 @@ UNITS = {
 CAPPED = "as it is, and capped at percentiles of the fit"
 FILES = (".safetensors", ".pt", ".json")
 """Endings of sources that are no runs."""
-HEAD_BYTES = 4096
-"""Of a page, within which it says what it is."""
 SAMPLES = 3
 """Responses that are printed of each end."""
 
@@ -82,8 +80,7 @@ def run_sweep(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
     from personaspace.run import carry_out
     from personaspace.store.formats.tables import write_tables
 
-    ours = page.is_file() and MARKER.encode() in page.read_bytes()[:HEAD_BYTES]
-    refuse_existing(page, overwrite=parsed.overwrite or ours)
+    refuse_existing(page, overwrite=parsed.overwrite, mark=MARKER)
     judge = None
     [first, *_] = configs.values()
     if first.judge.model is not None:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from personaspace.store.errors import InputError
 
+MARK_BYTES = 4096
+"""Of a file, within which it says who wrote it."""
+
 
 @contextmanager
 def replacing(file: Path, *, overwrite: bool) -> Iterator[Path]:
@@ -75,12 +78,20 @@ def naming(where: object) -> Iterator[None]:
         raise InputError(f"{where}: {error}") from error
 
 
-def refuse_existing(file: Path, *, overwrite: bool) -> None:
-    """Raises InputError if ``file`` is a folder, or exists and may not be replaced."""
+def refuse_existing(file: Path, *, overwrite: bool, mark: str | None = None) -> None:
+    """Raises InputError if ``file`` is a folder, or exists and may not be replaced.
+
+    A file that has ``mark`` near its beginning was written by the command itself, and may be.
+    """
     if file.is_dir():
         raise InputError(f"{file}: is a folder; name the file to write.")
-    if file.exists() and not overwrite:
+    if file.exists() and not overwrite and not (mark is not None and _is_marked(file, mark)):
         raise InputError(f"{file}: exists already; choose another name, or allow it to be overwritten.")
+
+
+def _is_marked(file: Path, mark: str) -> bool:
+    with file.open("rb") as stream:
+        return mark.encode() in stream.read(MARK_BYTES)
 
 
 def make_folder(folder: Path) -> None:
