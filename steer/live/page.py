@@ -100,9 +100,7 @@ class _Page:
                     ui.button("New", on_click=self._restart).props("flat dense").mark("new")
                     ui.button("Save", on_click=self._save).props("flat dense").mark("save")
                     self._transcript_menu()
-                    ui.upload(on_upload=self._open, auto_upload=True, max_file_size=MOST_BYTES, label="Open").props(
-                        "flat accept=.json"
-                    ).classes("w-32 open")
+                    self._open_button()
             self._controls()
             self._plot = (
                 ui.plotly(turn_chart(self._dialogue.record, self._room.gauge)).classes("w-full").style("height: 260px")
@@ -157,6 +155,13 @@ class _Page:
         with ui.button("Transcript").props("flat dense").mark("transcript"), ui.menu():
             for side in SIDES:
                 ui.menu_item(NAMES[side], on_click=lambda side=side: self._export(side))
+
+    def _open_button(self) -> None:
+        files = ui.upload(on_upload=self._open, auto_upload=True, max_file_size=MOST_BYTES).props("accept=.json")
+        files.style("display: none")  # NiceGUI takes nothing from elements that it hides itself.
+        # In the browser, since only a click there may ask for a file.
+        choose = f"() => runMethod({files.id}, 'pickFiles', [])"
+        ui.button("Open").props("flat dense").on("click", js_handler=choose).mark("open")
 
     def _look(self) -> None:
         """Show what has changed since the last look."""

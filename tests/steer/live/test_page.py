@@ -147,7 +147,9 @@ def test_a_conversation(visit: Callable[..., Any], tmp_path: Path) -> None:
 
     tab.get_by_role("button", name="New").click()
     tab.locator("#turn-plain-0").wait_for(state="detached")
-    tab.locator("input[type=file]").set_input_files(tmp_path / "conversation.json")
+    with tab.expect_file_chooser() as choosing:
+        tab.get_by_role("button", name="Open").click()
+    choosing.value.set_files(tmp_path / "conversation.json")
     assert answers(tab, 1) == again, "what was saved is opened again"
     assert json.loads((tmp_path / "conversation.json").read_text())["said"] == ["Who are you?", "Why?"]
 
