@@ -17,6 +17,7 @@ from personaspace.store.errors import InputError
 from personaspace.store.formats.files import refuse_existing, replacing
 from personaspace.store.location import open_folder, run_folder
 from personaspace.store.objects import Folder
+from personaspace.store.space import open_space
 
 EPILOG = """\
 examples:
@@ -85,10 +86,11 @@ def run_sweep(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
     [first, *_] = configs.values()
     if first.judge.model is not None:
         judge = judge_name(first.judge, describe_judge(first.judge, load_instructions(first.judge.instructions)))
-    talks = bool(config.personas.scenarios)
+    space = _space(config) if _has_turns(config) else None
+    steps = ["generate", "extract", "judge"] if _has_turns(config) else ["generate", "judge"]
     for name, one in configs.items():
         print(name, flush=True)
-        carry_out(one, ["generate", *(["extract"] if talks else []), "judge"])
+        carry_out(one, steps)
     runs = [
         DoseRun(
             name=name,
@@ -97,7 +99,7 @@ def run_sweep(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
         )
         for number, (name, one) in enumerate(configs.items())
     ]
-    doses = read_doses(runs, judge=judge, space=_space(config) if talks else None)
+    doses = read_doses(runs, judge=judge, space=space)
     direction = "the Assistant Axis" if config.steer.direction == "axis" else config.steer.direction
     model = Path(config.model.id).name
     title = f"Capping {model}" if parsed.caps else f"Steering {model} along {direction}"
@@ -170,7 +172,7 @@ def _arm(config: RunConfig, name: str, steer: SteerConfig) -> RunConfig:
     personas, extract, judge = config.personas, config.extract, config.judge
     if personas.questions == ("builtin",):
         personas = replace(personas, questions=(str(resources.files("personaspace") / IDENTITY),), max_questions=None)
-    if personas.scenarios and "turns" not in extract.reductions:
+    if _has_turns(config) and "turns" not in extract.reductions:
         extract = replace(extract, reductions=(*extract.reductions, "turns"))
     if judge.instructions == "builtin":
         judge = replace(judge, instructions="speaker")
@@ -178,13 +180,23 @@ def _arm(config: RunConfig, name: str, steer: SteerConfig) -> RunConfig:
     return replace(config, personas=personas, extract=extract, judge=judge, steer=steer, store=store)
 
 
+def _has_turns(config: RunConfig) -> bool:
+    """Whether there are conversations that can move from one turn to the next."""
+    return bool(config.personas.scenarios) and config.personas.turns > 1
+
+
 def _space(config: RunConfig) -> Folder | None:
-    """The run whose space conversations are placed in; None where the direction comes from a file."""
+    """The run whose space conversations are placed in; None where the direction comes from a file.
+
+    Raises InputError, before hours of other work, for a run without a fit.
+    """
     source = str(config.steer.source)
     if source.endswith(FILES):
         print(f"steer.source: {source} is no run, so conversations are not placed in a space", flush=True)
         return None
-    return open_folder(source)
+    folder = open_folder(source)
+    open_space(folder)
+    return folder
 
 
 def _show(doses: Sequence[Any]) -> None:

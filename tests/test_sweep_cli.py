@@ -1,5 +1,6 @@
 """`personaspace sweep`: which runs it makes, and what is no sweep."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ def test_a_run_as_it_is_and_one_for_each_cap(tmp_path: Path) -> None:
     assert [one.steer.source for one in configs.values()] == [None, "runs/demo", "runs/demo"]
     assert {one.extract.reductions for one in configs.values()} == {("mean", "turns")}
     assert {one.judge.instructions for one in configs.values()} == {"speaker"}
+    single = cap_configs(replace(chosen, personas=replace(chosen.personas, turns=1)), [25.0])
+    assert {one.extract.reductions for one in single.values()} == {("mean",)}
 
 
 @pytest.mark.parametrize(

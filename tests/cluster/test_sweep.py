@@ -79,3 +79,11 @@ def test_conversations_capped_and_not(
     )
     assert plain.shape == capped.shape
     assert not np.array_equal(plain, capped)
+
+    (tmp_path / "attacks.jsonl").write_text(
+        '{"system": "You are Eve.", "prompt": "Hello."}\n{"prompt": "Who are you?"}\n'
+    )
+    prompts = ["--personas.scenarios", "attacks.jsonl", "--personas.turns", "1", "--store.run", "attacks"]
+    assert main(["sweep", "sweep.yaml", *prompts, "--steer.source", f"{runs}/fitted", "--caps", "10"]) == 0
+    assert "mean position by turn" not in capfd.readouterr().out
+    assert "Who are you?" in (tmp_path / "attacks-sweep.html").read_text()
