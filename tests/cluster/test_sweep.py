@@ -17,6 +17,7 @@ from tests.models import tiny_checkpoint
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("commands_join")]
 
 
+@pytest.mark.nightly
 def test_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     tiny_checkpoint(tmp_path / "model")
