@@ -112,7 +112,7 @@ def test_arrays_equal_a_plain_forward_pass(extractor: Extractor, plain: Plain) -
     assert found["turn"].values.tolist() == [0] * 2 + [0] * 3 + [0, 0, 1, 1]
     assert found["part"].values.tolist() == ["whole", "answer", "whole", "think", "answer"] + ["whole", "answer"] * 2
     assert found["count"].values.tolist() == [span.stop - span.start for _, span in spans]
-    assert found.attrs == {"model": extractor._checkpoint.name, "dtype": "float32"}
+    assert found.attrs == {"model": extractor.name, "dtype": "float32"}
 
 
 @pytest.mark.parametrize(
